@@ -1,0 +1,128 @@
+"""The shapes that are timed, one list for every benchmark. Each says why it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from fastbert import ops, workloads
+
+
+@dataclass(frozen=True)
+class Case:
+    """Packed sequences of one model's sizes: H = heads · dim, I = 4 · H."""
+
+    name: str
+    why: str
+    heads: int
+    dim: int
+    workload: str
+    vocabulary: int = 30522
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.dim
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return workloads.get(self.workload).rows
+
+
+CPU_CASES = (
+    Case("minilm-query", "one short query: overhead per call", 12, 32, "query-1x16"),
+    Case("minilm-ragged", "head dim 32, ragged: the demo checkpoint's usual batch", 12, 32, "ragged-16x256"),
+    Case("base-dense", "BERT-base without padding: nothing but the products", 12, 64, "dense-8x128"),
+    Case("base-ragged", "BERT-base, ragged: what dropping padding is for", 12, 64, "ragged-16x256"),
+)
+CUDA_CASES = (
+    Case("base-query", "one short query: launch overhead", 12, 64, "query-1x16"),
+    Case("base-squad", "BERT-base at SQuAD's width, ragged", 12, 64, "squad-like-64x384"),
+    Case("base-dense", "FasterTransformer's setting, for comparison with its figures", 12, 64, "dense-32x384"),
+    Case("large-uniform", "BERT-large at mean fill 0.6, ByteTransformer's setting", 16, 64, "uniform-16x512"),
+)
+TINY_CASES = (Case("tiny", "seconds on any machine: does the code run", 2, 32, "query-1x16", 2000),)
+
+
+def cases(device: str) -> tuple[Case, ...]:
+    """The list for a device type."""
+    return CUDA_CASES if device.startswith("cuda") else CPU_CASES
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of an op, with what it costs on paper."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    flops: int  # of its products; 0: it has none
+    bytes_moved: int  # every argument and result once
+
+    def run(self) -> Any:
+        """Calls the op on the backend that is chosen by itself, or by `use_backend`."""
+        return getattr(ops, self.op)(*self.arguments)
+
+
+def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[[], OpCall]]:
+    """Op → a function that makes its call at this case's shapes (made late: large cases need memory only then)."""
+    lengths, hidden, width = case.lengths, case.hidden, max(case.lengths)
+    tokens, inner, size = sum(lengths), 4 * case.hidden, dtype.itemsize
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def weight(n: int, k: int) -> torch.Tensor:
+        return ops.pack_weight(randn(n, k) * k**-0.5)
+
+    def mask() -> torch.Tensor:
+        column = torch.arange(width, device=device)
+        return (column < torch.tensor(lengths, device=device)[:, None]).long()
+
+    def unpad() -> OpCall:
+        return OpCall("unpad", (mask(),), 0, 8 * (len(lengths) * width + tokens))
+
+    def pad() -> OpCall:
+        indices = mask().flatten().nonzero().flatten()
+        moved = tokens * (hidden * size + 8) + len(lengths) * width * hidden * size
+        return OpCall("pad", (randn(tokens, hidden), indices, len(lengths), width), 0, moved)
+
+    def embed_layer_norm() -> OpCall:
+        ids = torch.randint(0, case.vocabulary, (tokens,), generator=generator, device=device)
+        types = torch.zeros_like(ids)
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+        tables = randn(case.vocabulary, hidden), randn(2, hidden), randn(512, hidden)
+        arguments = (ids, types, positions, *tables, randn(hidden), randn(hidden), 1e-12)
+        return OpCall("embed_layer_norm", arguments, 0, tokens * (24 + 4 * hidden * size))
+
+    def attention() -> OpCall:
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        arguments = (randn(tokens, 3, case.heads, case.dim), bounds, width, case.dim**-0.5)
+        flops = sum(4 * n * n * hidden for n in lengths)
+        return OpCall("attention", arguments, flops, tokens * (4 * hidden * size + 4 * case.heads))
+
+    def add_layer_norm() -> OpCall:
+        gains = randn(hidden), randn(hidden)
+        arguments = (randn(tokens, hidden), randn(hidden), randn(tokens, hidden), *gains, 1e-12)
+        return OpCall("add_layer_norm", arguments, 0, tokens * (3 * hidden * size + 8))
+
+    def linear() -> OpCall:
+        arguments = (randn(tokens, hidden), weight(3 * hidden, hidden), randn(3 * hidden))
+        moved = size * (4 * tokens * hidden + 3 * hidden * hidden)
+        return OpCall("linear", arguments, 6 * tokens * hidden * hidden, moved)
+
+    def linear_gelu() -> OpCall:
+        arguments = (randn(tokens, hidden), weight(inner, hidden), randn(inner))
+        moved = size * (tokens * (hidden + inner) + hidden * inner)
+        return OpCall("linear_gelu", arguments, 2 * tokens * hidden * inner, moved)
+
+    def feed_forward() -> OpCall:
+        arguments = (randn(tokens, hidden), weight(inner, hidden), randn(inner), weight(hidden, inner), randn(hidden))
+        moved = size * (2 * tokens * (hidden + inner) + 2 * hidden * inner)
+        return OpCall("feed_forward", arguments, 4 * tokens * hidden * inner, moved)
+
+    makers = (unpad, pad, embed_layer_norm, attention, add_layer_norm, linear, linear_gelu, feed_forward)
+    return {maker.__name__: maker for maker in makers}

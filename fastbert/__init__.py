@@ -1,0 +1,89 @@
+"""fastbert makes BERT-family encoders fast without changing them.
+
+import fastbert
+fastbert.accelerate(model)              # any HuggingFace BERT, RoBERTa or DistilBERT, in place
+print(fastbert.explain(model))          # which path runs, and in words why not the other
+from fastbert import BertModel          # or by import: stock names, stock checkpoints
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fastbert._paths import register_kernels
+
+register_kernels()
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForMultipleChoice,
+        AutoModelForNextSentencePrediction,
+        AutoModelForPreTraining,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertLMHeadModel,
+        BertModel,
+        DistilBertForMaskedLM,
+        DistilBertForMultipleChoice,
+        DistilBertForQuestionAnswering,
+        DistilBertForSequenceClassification,
+        DistilBertForTokenClassification,
+        DistilBertModel,
+        RobertaForCausalLM,
+        RobertaForMaskedLM,
+        RobertaForMultipleChoice,
+        RobertaForQuestionAnswering,
+        RobertaForSequenceClassification,
+        RobertaForTokenClassification,
+        RobertaModel,
+    )
+
+    from fastbert.models.accelerate import accelerate as accelerate
+    from fastbert.models.accelerate import explain, restore
+    from fastbert.ops import use_backend
+
+# `accelerate` is left out on purpose: a star import must not hide HuggingFace's package of that name.
+__all__ = [
+    "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction", "AutoModelForPreTraining", "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "BertForMaskedLM",
+    "BertForMultipleChoice", "BertForNextSentencePrediction", "BertForPreTraining", "BertForQuestionAnswering",
+    "BertForSequenceClassification", "BertForTokenClassification", "BertLMHeadModel", "BertModel",
+    "DistilBertForMaskedLM", "DistilBertForMultipleChoice", "DistilBertForQuestionAnswering",
+    "DistilBertForSequenceClassification", "DistilBertForTokenClassification", "DistilBertModel", "RobertaForCausalLM",
+    "RobertaForMaskedLM", "RobertaForMultipleChoice", "RobertaForQuestionAnswering",
+    "RobertaForSequenceClassification", "RobertaForTokenClassification", "RobertaModel", "explain", "restore",
+    "use_backend",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Loads torch and transformers at the first use of a public name, not at import."""
+    if name in ("accelerate", "restore", "explain"):
+        from fastbert.models import accelerate as module
+
+        return getattr(module, name)
+    if name == "use_backend":
+        from fastbert.ops import use_backend
+
+        return use_backend
+    if name in __all__:
+        from fastbert.models.accelerate import public_class
+
+        return public_class(name)
+    raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "accelerate"])

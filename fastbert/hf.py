@@ -1,0 +1,102 @@
+"""Every private name of transformers that fastbert uses, each probed, with HuggingFace's own path behind it.
+
+If the installed version lacks one of them, `missing()` names it, and every model runs HuggingFace's own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+
+@functools.cache
+def missing() -> tuple[str, ...]:
+    """The private names of transformers that this version lacks, in words; empty: all are there."""
+    lacks: list[str] = []
+    for name, probe in PROBES.items():
+        try:
+            probe()
+        except (ImportError, AttributeError, KeyError, TypeError):
+            lacks.append(name)
+    return tuple(lacks)
+
+
+def stock_class(name: str) -> type[Any]:
+    """A class of transformers by its name, e.g. "BertModel"."""
+    found: type[Any] = getattr(transformers, name)
+    return found
+
+
+def output_collector() -> object:
+    """What HuggingFace's output capture is collecting now in this context (truthy: something)."""
+    from transformers.utils.output_capturing import _active_collector
+
+    return _active_collector.get()
+
+
+def is_capturing_hook(hook: Any) -> bool:
+    """Whether a forward hook is HuggingFace's own, which captures hidden states, rather than a user's."""
+    return getattr(hook, "__name__", "") == "output_capturing_hook"
+
+
+def register_capture(model: Any) -> None:
+    """Tells HuggingFace's output capture, which knows models by the name of their class, of a changed class."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
+
+
+def attention_implementation(model: Any) -> str | None:
+    """What the model's config asks for: "sdpa", "eager", "flash_attention_2" …"""
+    implementation: str | None = model.config._attn_implementation
+    return implementation
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the library accelerate has hooked this module, to move its weights or inputs between devices."""
+    return "_hf_hook" in module.__dict__
+
+
+def gelu_of(activation: Any) -> str | None:
+    """How an activation is named by `feed_forward`: "none" (erf), "tanh", or None: no GELU that it knows."""
+    from transformers import activations
+
+    if activation is torch.nn.functional.gelu or type(activation) is activations.GELUActivation:
+        return "none"
+    if type(activation) is nn.GELU:
+        return str(activation.approximate)
+    if type(activation) in (activations.NewGELUActivation, getattr(activations, "GELUTanh", None)):
+        return "tanh"
+    return None
+
+
+def _probe_config() -> None:
+    config = transformers.BertConfig()
+    _ = config._attn_implementation
+
+
+def _probe_capture() -> None:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    if not isinstance(_CAN_RECORD_REGISTRY, dict):
+        raise TypeError
+
+
+def stock_module(name: str) -> Any:
+    """A submodule of transformers by its name, e.g. "modeling_outputs"."""
+    return importlib.import_module(f"transformers.{name}")
+
+
+PROBES: dict[str, Callable[[], object]] = {
+    "transformers.utils.output_capturing._active_collector": output_collector,
+    "transformers.utils.output_capturing._CAN_RECORD_REGISTRY": _probe_capture,
+    "PreTrainedModel._can_record_outputs": lambda: transformers.BertModel._can_record_outputs,
+    "PreTrainedConfig._attn_implementation": _probe_config,
+    "transformers.activations.GELUActivation": lambda: gelu_of(None),
+}

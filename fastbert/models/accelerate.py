@@ -1,0 +1,220 @@
+"""`accelerate`, `restore` and `explain`: changing the class of a live model's base model, and saying what that does."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastbert import hf, native, ops
+from fastbert.models.families import AUTO_CLASSES, FAMILIES, Family
+from fastbert.models.forward import PAD_OUTPUTS, State, make_forward, model_reasons
+from fastbert.models.weights import unfuse
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@functools.cache
+def fast_class(family: Family) -> type[Any]:
+    """The accelerated class of a family's base model: the stock class with another forward, under its stock name."""
+    stock = hf.stock_class(family.model)
+    namespace = {
+        "__module__": "fastbert",
+        "__qualname__": stock.__name__,
+        "__doc__": stock.__doc__,
+        "__init__": make_init(stock),
+        "forward": make_forward(stock),
+        "fastbert_family": family,
+    }
+    return type(stock.__name__, (stock,), namespace)
+
+
+@functools.cache
+def head_class(name: str) -> type[Any]:
+    """A stock class with a head whose base model is accelerated when it is made."""
+    stock = hf.stock_class(name)
+    generation = hf.stock_class("GenerationMixin")
+    bases = (stock, generation) if generation in stock.__bases__ else (stock,)
+    namespace = {"__module__": "fastbert", "__qualname__": name, "__doc__": stock.__doc__, "__init__": make_init(stock)}
+    return type(name, bases, namespace)
+
+
+@functools.cache
+def auto_class(name: str) -> type[Any]:
+    """A stock Auto class whose models are accelerated; a model of another family comes back as it is."""
+    stock = hf.stock_class(name)
+
+    def accelerated(method: str) -> classmethod[Any, Any, Any]:
+        @functools.wraps(getattr(stock, method).__func__)
+        def make(cls: type, *args: Any, **kwargs: Any) -> Any:
+            model = getattr(super(auto, cls), method)(*args, **kwargs)
+            return accelerate(model) if base_models(model) else model
+
+        return classmethod(make)
+
+    namespace = {"__module__": "fastbert", "__qualname__": name, "__doc__": stock.__doc__}
+    auto = type(name, (stock,), namespace)
+    auto.from_pretrained = accelerated("from_pretrained")  # type: ignore[attr-defined]
+    auto.from_config = accelerated("from_config")  # type: ignore[attr-defined]
+    return auto
+
+
+def make_init(stock: type[Any]) -> Any:
+    """The constructor of a class by import: the stock one, then `accelerate`."""
+
+    @functools.wraps(stock.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        accelerate(self)
+
+    return __init__
+
+
+def public_class(name: str) -> type[Any] | None:
+    """The class that `from fastbert import name` gives, or None."""
+    for family in FAMILIES:
+        if name == family.model:
+            return fast_class(family)
+        if name in family.heads:
+            return head_class(name)
+    return auto_class(name) if name in AUTO_CLASSES else None
+
+
+PUBLIC_CLASSES = tuple(name for f in FAMILIES for name in (f.model, *f.heads)) + AUTO_CLASSES
+
+
+def base_models(model: nn.Module) -> list[tuple[str, Any, Family]]:
+    """The base models inside `model` that a family fits, stock or accelerated, with their names."""
+    stock = {hf.stock_class(f.model): f for f in FAMILIES}
+    found = []
+    for name, module in model.named_modules():
+        family = getattr(type(module), "fastbert_family", None) or stock.get(type(module))
+        if family is not None:
+            found.append((name, module, family))
+    return found
+
+
+def accelerate(model: Model, pad_output: str | None = None) -> Model:
+    """Makes every BERT, RoBERTa and DistilBERT inside `model` drop its padding and run fastbert's ops, in place.
+
+    Parameters keep their identity, `state_dict` its keys, and the class its name; `restore` undoes it. Whatever the
+    fast path does not compute runs HuggingFace's own forward; `explain` says what and why.
+
+    Args:
+        model: a HuggingFace model, or any module that holds one (SentenceTransformer, a pipeline's model …).
+        pad_output: what the output holds at masked positions. "zeros"; "exact": HuggingFace's values, at HuggingFace's
+            speed when a batch has padding; None: "exact" under a QuestionAnswering head, whose softmax runs over all
+            positions, else "zeros".
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: no supported model is inside it, or `pad_output` is unknown.
+    """
+    if not isinstance(model, nn.Module):
+        hint = "; give it the pipeline's .model" if hasattr(model, "model") else ""
+        raise TypeError(f"fastbert.accelerate takes a torch.nn.Module, not {type(model).__name__}{hint}")
+    if pad_output not in (None, *PAD_OUTPUTS):
+        raise ValueError(f"pad_output is {pad_output!r}; it can be {' or '.join(map(repr, PAD_OUTPUTS))}")
+    found = base_models(model)
+    if not found:
+        names = ", ".join(f.model for f in FAMILIES)
+        raise ValueError(f"{type(model).__name__} holds no model that fastbert accelerates; it knows {names}")
+    exact = any(type(m).__name__.endswith("QuestionAnswering") for m in model.modules())
+    for _, base, family in found:
+        base.__class__ = fast_class(family)
+        base._fastbert = State(pad_output or ("exact" if exact else "zeros"))
+        if not hf.missing():
+            hf.register_capture(base)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate`: stock classes again, each parameter in memory of its own. Returns the same object."""
+    for _, base, family in base_models(model):
+        if "_fastbert" not in base.__dict__:
+            continue
+        for found, *_ in base._fastbert.layers:
+            for kind in ("weight", "bias"):
+                parts = tuple(getattr(linear, kind) for linear in (found.query, found.key, found.value))
+                if all(p is not None for p in parts):
+                    unfuse(parts)
+        del base._fastbert
+        base.__class__ = hf.stock_class(family.model)
+    return model
+
+
+def inference_reasons(base: nn.Module, state: State) -> list[str]:
+    """Why a base model, as it is now, runs the stock path even without gradients."""
+    with torch.no_grad():
+        return model_reasons(base, state)
+
+
+@dataclass(frozen=True)
+class BaseExplanation:
+    """What one base model does: its reasons for the stock path (empty: fast), and its calls so far by reason."""
+
+    name: str
+    model: str
+    reasons: list[str]
+    calls: dict[str, int]
+    pad_output: str
+    packed_bytes: int
+
+    def __str__(self) -> str:
+        fast = "fast path in eval mode under torch.no_grad() or inference_mode()"
+        path = "HuggingFace's own path" if self.reasons else fast
+        lines = [f"{self.name or 'the model'} ({self.model}): {path}"]
+        lines += [f"  because {reason}" for reason in self.reasons]
+        lines += [f'  pad_output = "{self.pad_output}", packed copies of weights: {self.packed_bytes / 1e6:.1f} MB']
+        for reason, count in self.calls.items():
+            took = f"stock, because {reason}" if reason else "fast"
+            lines.append(f"  {count} forward{'s' if count > 1 else ''} so far: {took}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `accelerate` did to a model: which path each base model takes and why, and which backend runs each op."""
+
+    models: list[BaseExplanation]
+    backends: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [str(model) for model in self.models]
+        lines += ["ops, backends in order of choice:"]
+        lines += [f"  {op}: {', '.join(names)}" for op, names in self.backends.items()]
+        if native.refuse("cpu"):
+            lines += [f"native library: {'; '.join(native.refuse('cpu'))}"]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What runs where in `model`, and in words why not elsewhere; `print` it.
+
+    Raises:
+        ValueError: nothing in `model` was accelerated.
+    """
+    found = [(name, base) for name, base, _ in base_models(model) if "_fastbert" in base.__dict__]
+    if not found:
+        raise ValueError(f"nothing in {type(model).__name__} was accelerated: call fastbert.accelerate on it first")
+    explanations = []
+    for name, base in found:
+        state: State = base._fastbert
+        explanations.append(
+            BaseExplanation(
+                name=name,
+                model=type(base).__name__,
+                reasons=inference_reasons(base, state),
+                calls=dict(state.calls),
+                pad_output=state.pad_output,
+                packed_bytes=state.cache.nbytes(),
+            )
+        )
+    device = next(found[0][1].parameters()).device.type
+    return Explanation(explanations, {op.name: [b.name for b in op.order(device)] for op in ops.ALL})

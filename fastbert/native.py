@@ -1,0 +1,88 @@
+"""The one native library, `fastbert/_native.so`: found and loaded once, and where it cannot serve, why not in words."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_native.so")
+
+
+@dataclass(frozen=True)
+class Native:
+    """`reason` says why the library is absent, `cuda_reason` why its CUDA half is; both are "" for what is there."""
+
+    reason: str
+    cuda_reason: str
+
+    @property
+    def available(self) -> bool:
+        return not self.reason
+
+    @property
+    def has_cuda(self) -> bool:
+        return not self.cuda_reason
+
+
+@cache
+def load() -> Native:
+    """Loads the library into torch at the first call. Never raises."""
+    try:
+        absent = json.loads(LIBRARY.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        reason = "the native library was not built: fastbert runs from a folder in which it was not installed"
+        return Native(reason, reason)
+    if absent["library"]:
+        return Native(absent["library"], absent["library"])
+    try:
+        torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as error:
+        reason = f"the native library does not load: {error}"
+        return Native(reason, reason)
+    return Native("", absent["cuda"])
+
+
+@cache
+def _cuda_problem() -> str:
+    """Why the CUDA kernels cannot run on the current card with its driver; "" when they can."""
+    return str(torch.ops.fastbert_native.cuda_problem())
+
+
+def refuse(device_type: str) -> list[str]:
+    """Why the library's ops cannot serve tensors on `device_type` ("cpu", "cuda", ...); empty when they can."""
+    native = load()
+    if not native.available:
+        return [native.reason]
+    if device_type == "cpu":
+        return []
+    if device_type != "cuda":
+        return [f"the native library has no kernels for {device_type}"]
+    if not native.has_cuda:
+        return [f"the native library has no CUDA kernels: {native.cuda_reason}"]
+    problem = _cuda_problem()
+    return [f"the native library's CUDA kernels do not run here: {problem}"] if problem else []
+
+
+def unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The real tokens of a padding mask.
+
+    Args:
+        mask: [B, S] on a CPU or CUDA device, any strides; bool, integer or float; nonzero (NaN too) means real.
+
+    Returns:
+        indices: [T] int64, row * S + column of each real token, ascending.
+        cu_seqlens: [B + 1] int32, where each row's tokens begin in `indices`; the last is T. On CUDA the host waits
+            once for the device, to learn T.
+
+    Raises:
+        RuntimeError: the mask is not 2-D, has another dtype, or more than 2**31 - 1 real tokens or columns; or the
+            library is absent (ask `refuse` first).
+    """
+    native = load()
+    if not native.available:
+        raise RuntimeError(f"unpad: {native.reason}")
+    indices, cu_seqlens = torch.ops.fastbert_native.unpad(mask)
+    return indices, cu_seqlens

@@ -1,0 +1,22 @@
+"""The ops that the fast path computes with. Each is declared once in `declare.py` and specified in `reference.py`."""
+
+from fastbert.ops.builtins import pack_weight
+from fastbert.ops.declare import (
+    ALL,
+    add_layer_norm,
+    attention,
+    embed_layer_norm,
+    feed_forward,
+    linear,
+    linear_gelu,
+    pad,
+    unpad,
+)
+from fastbert.ops.packed import PackedWeight
+from fastbert.ops.registry import BACKENDS, Backend, BackendRefused, Call, Op, forced_backends, record, use_backend
+
+__all__ = [
+    "ALL", "BACKENDS", "Backend", "BackendRefused", "Call", "Op", "PackedWeight", "add_layer_norm", "attention",
+    "embed_layer_norm", "feed_forward", "forced_backends", "linear", "linear_gelu", "pack_weight", "pad", "record",
+    "unpad", "use_backend",
+]  # fmt: skip

@@ -1,0 +1,345 @@
+"""Whole models against HuggingFace by the parity rule: `fastbert parity [MODEL]`, and the gate before any timing.
+
+    report = parity_models.run(None, ["float32", "bfloat16"])         # None: the demo checkpoint; a folder, a hub id, a module
+    report.passed, report.worst, report.rows, report.as_dict(), report.table()
+    comparison = parity_models.compare_models(stock, inputs, torch.bfloat16)     # one dtype, inputs of one's own
+
+Three runs on the same real tokens: ref is the stock model in float64 with weights rounded to the tested dtype, base the
+stock model in that dtype, ours an accelerated copy. Judged are real positions only.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastbert
+from fastbert import checkpoint, ops, workloads
+from fastbert.parity import judge
+
+LENGTHS = (512, 511, 128, 127, 65, 64, 63, 17, 16, 15, 1)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TOKEN_LOGITS = ("start_logits", "end_logits")  # the only [B, S] outputs; other 2-D ones are one row a sequence
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of one dtype. Ratios are measured / allowed (parity.Verdict); layer 0 is the embeddings' output."""
+
+    tensor: str  # "hidden_states.3", "last_hidden_state", "pooler_output", "logits", ...
+    dtype: str  # "float32", ...
+    layer: int | None
+    max_ratio: float
+    rms_ratio: float
+    max_error: float
+    passed: bool
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        return max(self.max_ratio, self.rms_ratio)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model in one dtype: its rows, the op calls of our forward, and whether that was the fast path.
+
+    `why` is `explain`'s text when it was not: then nothing was compared with anything, and `passed` is False.
+    """
+
+    rows: tuple[Row, ...]
+    calls: Mapping[str, int]  # op name → calls in the one forward
+    fast: bool
+    why: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.fast and bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def worst(self) -> Row:
+        return max(self.rows, key=lambda row: row.ratio)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What `run` found. `inputs` says in words what the models were run on."""
+
+    model: str
+    inputs: str
+    lengths: tuple[int, ...]
+    comparisons: Mapping[str, Comparison]  # dtype → comparison
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for comparison in self.comparisons.values() for row in comparison.rows)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.comparisons) and all(c.passed for c in self.comparisons.values())
+
+    @property
+    def worst(self) -> Row:
+        """The row with the largest ratio of all dtypes."""
+        return max(self.rows, key=lambda row: row.ratio)
+
+    @property
+    def worst_layer(self) -> Row | None:
+        """The hidden state with the largest ratio of all dtypes; its `layer` is the number of layers before it."""
+        return max((r for r in self.rows if r.layer is not None), key=lambda row: row.ratio, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        worst_layer = self.worst_layer
+        return {
+            "model": self.model,
+            "inputs": self.inputs,
+            "lengths": list(self.lengths),
+            "passed": self.passed,
+            "worst": dataclasses.asdict(self.worst),
+            "worst_layer": dataclasses.asdict(worst_layer) if worst_layer else None,
+            "dtypes": {
+                name: {"passed": c.passed, "fast": c.fast, "why": c.why, "calls": dict(c.calls)}
+                for name, c in self.comparisons.items()
+            },
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+
+    def table(self) -> str:
+        """One line a tensor: its max and rms ratios in each dtype, a failing one marked, then the worst."""
+        names = list(dict.fromkeys(row.tensor for row in self.rows))
+        width = max(len(name) for name in names)
+        cells = {(row.tensor, row.dtype): row for row in self.rows}
+        lines = [" " * width + "".join(f"{dtype + ' max, rms':>24}" for dtype in self.comparisons)]
+        for name in names:
+            found = [cells[name, dtype] for dtype in self.comparisons]
+            texts = [f"{row.max_ratio:.3f}, {row.rms_ratio:.3f}{'' if row.passed else ' FAIL'}" for row in found]
+            lines.append(f"{name:<{width}}" + "".join(f"{text:>24}" for text in texts))
+        worst, layer = self.worst, self.worst_layer
+        lines.append(f"worst tensor: {worst.tensor} in {worst.dtype}, {worst.ratio:.3f} of what is allowed")
+        if layer is not None:
+            lines.append(f"worst layer: {layer.layer} in {layer.dtype}, {layer.ratio:.3f} of what is allowed")
+        lines += [f"{dtype}: not on the fast path\n{c.why}" for dtype, c in self.comparisons.items() if not c.fast]
+        return "\n".join(lines)
+
+
+def run(
+    model: str | nn.Module | None,
+    dtypes: Sequence[str | torch.dtype] = ("float32", "bfloat16"),
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    inputs: Mapping[str, Tensor] | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> ParityReport:
+    """Judges a model in each dtype.
+
+    Args:
+        model: a folder, a hub id, None for the demo checkpoint, or a module, which is copied and not changed.
+        dtypes: names ("float32", "fp32", "bfloat16", ...) or torch dtypes.
+        lengths: of the ragged batch, cut to the model's positions; its ids are real text where the checkpoint has a
+            tokenizer, else random.
+        inputs: keyword arguments of the forward, instead of that batch.
+        progress: called with words before each step.
+
+    Raises:
+        checkpoint.MissingModel: there is no such checkpoint.
+        ValueError: an unknown dtype.
+    """
+    say = progress or (lambda words: None)
+    wanted = [dtype_name(dtype) for dtype in dtypes]
+    if isinstance(model, nn.Module):
+        name, stock, text = type(model).__name__, model, None
+    else:
+        name = checkpoint.resolve(model)
+        say(f"loading {name}")
+        stock, text = load(name), text_ids(name, sum(lengths))
+    if inputs is None:
+        lengths = tuple(min(n, position_limit(stock)) for n in lengths)
+        inputs = ragged_batch(stock, lengths, text=text)
+        words = "text of the standard library's docstrings" if text else "random ids"
+    else:
+        lengths, words = tuple(real_mask(inputs).sum(1).tolist()), "given inputs"
+    comparisons = {}
+    for dtype in wanted:
+        say(f"comparing in {dtype}")
+        comparisons[dtype] = compare_models(stock, inputs, DTYPES[dtype], device=device)
+    return ParityReport(name, words, tuple(lengths), comparisons)
+
+
+def compare_models(
+    stock: nn.Module,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    accelerate: Callable[[nn.Module], nn.Module] | None = None,
+) -> Comparison:
+    """Judges every floating output of an accelerated copy of `stock` in `dtype` on `inputs`.
+
+    `stock` is not changed; if it is accelerated its copies are restored first. Hidden states are asked for. The stock
+    runs take the batch in parts of like length, which have less padding; ours is one forward.
+
+    Args:
+        accelerate: makes the copy fast; default `fastbert.accelerate`.
+    """
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+    base_model = fastbert.restore(copy.deepcopy(stock)).to(device=device, dtype=dtype).eval()
+    ours_model = (accelerate or fastbert.accelerate)(copy.deepcopy(base_model))
+    with torch.inference_mode():
+        with ops.record() as calls:
+            ours = collect(ours_model, inputs)
+        base = collect(base_model, inputs, parts=True)
+        ref = collect(base_model.double(), inputs, parts=True)
+    counts = Counter(call.op for call in calls)
+    fast = counts["attention"] == layers(stock) > 0
+    rows = []
+    for name, expected in ref.items():
+        verdict = judge(ours[name], expected, base[name])
+        layer = int(name.rpartition(".")[2]) if name.startswith("hidden_states.") else None
+        rows.append(
+            Row(name, dtype_name(dtype), layer, verdict.max_ratio, verdict.rms_ratio, verdict.max_error,
+                verdict.passed, verdict.note or f"worst at {list(verdict.index)}")
+        )  # fmt: skip
+    return Comparison(tuple(rows), dict(counts), fast, "" if fast else str(fastbert.explain(ours_model)))
+
+
+def collect(model: nn.Module, inputs: Mapping[str, Tensor], parts: bool = False) -> dict[str, Tensor]:
+    """Every floating output by name, hidden states first: per-token ones [T, ...] of real positions, others [B, ...].
+
+    Args:
+        parts: run rows of like length together, cut to their longest (where the mask is padded on the right).
+    """
+    lengths = real_mask(inputs).view(*inputs["input_ids"].shape).sum(-1)
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for rows in like_lengths(inputs) if parts else [list(range(len(lengths)))]:
+        part = {name: x[rows] for name, x in inputs.items()}
+        if parts:
+            width = max(int(lengths[rows].max()), 1)
+            part = {name: x[..., :width] for name, x in part.items()}
+        real = real_mask(part)
+        for name, x in named_outputs(model(**part, output_hidden_states=True, return_dict=True)):
+            each = x.shape[0] // len(rows)  # choices of a multiple-choice row
+            per_token = x.dim() > 2 or name in TOKEN_LOGITS
+            for i, row in enumerate(rows):
+                mine = slice(i * each, (i + 1) * each)
+                found.setdefault(name, []).append((row, x[mine][real[mine]] if per_token else x[mine]))
+    return {name: torch.cat([x for _, x in sorted(pieces, key=lambda p: p[0])]) for name, pieces in found.items()}
+
+
+def named_outputs(output: Any) -> Iterable[tuple[str, Tensor]]:
+    """(name, tensor) of a model output's floating tensors, hidden states first; a tuple's items as "name.i"."""
+    for name, value in sorted(output.items(), key=lambda item: item[0] != "hidden_states"):
+        for i, x in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            if isinstance(x, Tensor) and x.is_floating_point():
+                yield (name if i is None else f"{name}.{i}"), x
+
+
+def real_mask(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Which positions are real: bool [rows, S], a multiple-choice batch's choices as rows."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return mask.view(-1, mask.shape[-1]) != 0
+
+
+def like_lengths(inputs: Mapping[str, Tensor]) -> list[list[int]]:
+    """Row numbers in groups of like length, longest first; one group of all unless the mask is right-padded and 2-D."""
+    real, count = real_mask(inputs), len(inputs["input_ids"])
+    lengths = real.sum(1)
+    width = {x.shape[-1] for x in inputs.values()}
+    if len(width) > 1 or not torch.equal(real, torch.arange(real.shape[1], device=real.device) < lengths[:, None]):
+        return [list(range(count))]
+    longest = lengths.view(count, -1).max(1).values.tolist()
+    groups: list[list[int]] = []
+    for row in sorted(range(count), key=lambda i: -longest[i]):
+        if not groups or longest[row] < 0.8 * longest[groups[-1][0]] - 8:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def ragged_batch(
+    model: nn.Module, lengths: Sequence[int], seed: int = 0, text: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """Keyword arguments of a forward: right-padded ids [B, S] and mask; token types where the model has two, all used.
+
+    Args:
+        text: token ids to cut the rows from; None: random ids.
+    """
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(seed)
+    pad = config.pad_token_id or 0
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    real = torch.randint(0, config.vocab_size, (sum(lengths),), generator=generator)
+    if text:
+        real = torch.tensor(list(islice(cycle(text), sum(lengths))))
+    real[real == pad] = (pad + 1) % config.vocab_size  # RoBERTa takes positions from where the pad id is not
+    ids = torch.full_like(mask, pad)
+    ids[mask != 0] = real
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = (torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None] // 2).long() * mask
+    return inputs
+
+
+def position_limit(model: nn.Module) -> int:
+    """The longest sequence: RoBERTa's first positions, up to its padding index, are not used."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return max(LENGTHS)
+
+
+def layers(model: nn.Module) -> int:
+    """The number of encoder layers that the config names."""
+    config: Any = model.config
+    return int(config.num_hidden_layers)
+
+
+def load(name: str) -> nn.Module:
+    """The stock model of a folder or hub id in float32, as the class that its config names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    architecture = (config.architectures or ["AutoModel"])[0]
+    model: nn.Module = getattr(transformers, architecture, transformers.AutoModel).from_pretrained(name, dtype=torch.float32)
+    return model
+
+
+def text_ids(name: str, count: int) -> list[int] | None:
+    """At least `count` token ids of real text by the checkpoint's tokenizer; None where it has none."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError):
+        return None
+    texts = workloads.standard_library_docstrings(Path(sysconfig.get_paths()["stdlib"]) / "asyncio")
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) < count:
+            ids += tokenizer(text)["input_ids"]
+    return ids or None
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """ "float32", "bfloat16" or "float16", of any spelling.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    name = str(dtype).removeprefix("torch.")
+    name = SHORT_NAMES.get(name, name)
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype}; parity is judged in {', '.join(DTYPES)}")
+    return name

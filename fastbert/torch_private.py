@@ -1,0 +1,151 @@
+"""Every private name of torch that fastbert uses, each probed once, with a public path behind it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@functools.cache
+def packed_linear_refusal(dtype: torch.dtype) -> str | None:
+    """Why oneDNN's packed linear cannot be used on this CPU for this dtype, in words; None: it can.
+
+    Runs a small product, with erf GELU and a sum as its post-op, against the plain one.
+    """
+    try:
+        x, weight = torch.linspace(-3, 3, 5 * 64).view(5, 64).to(dtype), torch.eye(64).to(dtype)[:48] * 0.5
+        packed, add = pack_linear_weight(weight), torch.ones(5, 48).to(dtype)
+        got = tuple(
+            y.double()
+            for y in (
+                packed_linear(x, packed, None),
+                packed_linear_gelu(x, packed, None),
+                packed_linear_add(x, packed, add),
+            )
+        )
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"oneDNN's packed linear does not run in {dtype}: {str(error).splitlines()[0]}"
+    plain = x.double() @ weight.double().T
+    expected = plain, torch.nn.functional.gelu(plain), plain + 1
+    if not all(torch.allclose(g, e, rtol=2e-2, atol=2e-3) for g, e in zip(got, expected, strict=True)):
+        return f"oneDNN's packed linear gives wrong numbers in {dtype}"
+    return None
+
+
+def pack_linear_weight(weight: Tensor) -> Tensor:
+    """weight [N, K] → the same in oneDNN's blocked layout (a copy)."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())  # type: ignore[no-any-return]
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K], packed weight [N, K], bias [N] contiguous → x·weightᵀ + bias."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def packed_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As packed_linear, with erf GELU as its post-op."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")  # type: ignore[no-any-return]
+
+
+def packed_linear_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    """x [T, K], packed weight [N, K], other [T, N] → other + x·weightᵀ."""
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")  # type: ignore[no-any-return]
+
+
+@functools.cache
+def cpu_flash_refusal(dtype: torch.dtype) -> str | None:
+    """Why torch's CPU flash attention cannot be used for this dtype, in words; None: it can."""
+    try:
+        query, key, value = torch.linspace(-1, 1, 3 * 2 * 5 * 8).view(3, 1, 2, 5, 8).to(dtype)
+        out, lse = cpu_flash_attention(query, key, value, 0.5)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"torch's CPU flash attention does not run in {dtype}: {str(error).splitlines()[0]}"
+    scores = query.double() @ key.double().transpose(-1, -2) * 0.5
+    near = functools.partial(torch.allclose, rtol=2e-2, atol=2e-3)
+    if not (near(out.double(), scores.softmax(-1) @ value.double()) and near(lse.double(), scores.logsumexp(-1))):
+        return f"torch's CPU flash attention gives wrong numbers in {dtype}"
+    return None
+
+
+def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """query, key, value [B, N, L, D] on a CPU → out [B, N, L, D], lse [B, N, L] (natural logarithm)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+        query, key, value, 0.0, False, scale=scale
+    )
+
+
+@functools.cache
+def varlen_attention_refusal() -> str | None:
+    """Why torch.nn.attention.varlen (new in torch 2.10) cannot be used, in words; None: it can."""
+    try:
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+    except ImportError:
+        return "this torch has no torch.nn.attention.varlen"
+    missing = {"scale", "return_aux"} - set(inspect.signature(varlen_attn).parameters)
+    return f"torch's varlen_attn takes no {', '.join(sorted(missing))}" if missing or AuxRequest is None else None
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """query, key, value [T, N, D] on CUDA, 16-bit → out [T, N, D], lse [N, T]."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    return varlen_attn(  # type: ignore[return-value]
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, return_aux=AuxRequest(lse=True)
+    )
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform, a trace or an export is running, under which values are not plain tensors."""
+    try:
+        functorch = torch._C._functorch.peek_interpreter_stack() is not None
+        tracing = torch._C._is_tracing()
+    except AttributeError:
+        return torch.compiler.is_exporting()
+    return functorch or bool(tracing) or torch.compiler.is_exporting()
+
+
+def submodules(module: nn.Module) -> list[nn.Module]:
+    """All modules below `module`, itself first, in a fixed order; faster than `module.modules()`."""
+    found = [module]
+    for parent in found:
+        found += [child for child in parent._modules.values() if child is not None]
+    return found
+
+
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """The forward hooks and forward pre-hooks of one module."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is in eval mode, without forward hooks and with the forward of its class."""
+    fields = module.__dict__
+    return not (fields["training"] or fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields)
+
+
+def global_forward_hooks() -> bool:
+    """Whether a hook on the forward of every module is set (torch.nn.modules.module.register_module_forward_hook)."""
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
+def version(tensor: Tensor) -> int:
+    """A number that grows with each in-place change autograd sees; always 0 for inference tensors, which have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+PROBES: dict[str, Callable[[], str | None]] = {
+    "oneDNN packed linear, float32": lambda: packed_linear_refusal(torch.float32),
+    "oneDNN packed linear, bfloat16": lambda: packed_linear_refusal(torch.bfloat16),
+    "oneDNN packed linear, float16": lambda: packed_linear_refusal(torch.float16),
+    "CPU flash attention, float32": lambda: cpu_flash_refusal(torch.float32),
+    "CPU flash attention, bfloat16": lambda: cpu_flash_refusal(torch.bfloat16),
+    "varlen attention (CUDA)": varlen_attention_refusal,
+}

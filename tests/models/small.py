@@ -1,0 +1,68 @@
+"""Small random models of every family, enlivened, and ragged batches, for tests of behaviour."""
+
+import copy
+
+import torch
+import transformers
+from torch import nn
+
+import fastbert
+from fastbert.models.families import FAMILIES
+from fastbert.parity import enliven
+
+CONFIGS = {
+    "bert": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96},
+    "roberta": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96},
+    "distilbert": {"n_layers": 2, "dim": 64, "n_heads": 4, "hidden_dim": 96},
+}
+VOCABULARY, LONGEST, LABELS = 99, 48, 3
+FAMILY_NAMES = tuple(family.name for family in FAMILIES)
+HEADS = [(family.name, head) for family in FAMILIES for head in family.heads]
+BASES = [(family.name, family.model) for family in FAMILIES]
+
+
+def config(family: str, **changes: object) -> transformers.PreTrainedConfig:
+    # pad_token_id 1 for RoBERTa shifts its positions by two, so its table is longer
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": LONGEST + 2, "num_labels": LABELS}
+    return transformers.AutoConfig.for_model(family, **{**CONFIGS[family], **sizes, **changes})
+
+
+def config_for(name: str, family: str, **changes: object) -> transformers.PreTrainedConfig:
+    """The config of a class: a head that marks the start and the end of an answer has two labels."""
+    return config(family, **({"num_labels": 2} if "QuestionAnswering" in name else {}), **changes)
+
+
+def stock(name: str, family: str, **changes: object) -> nn.Module:
+    """A stock model in eval mode."""
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config_for(name, family, **changes)).eval()
+    enliven(model, seed=1)
+    return model
+
+
+def pair(name: str, family: str, **changes: object) -> tuple[nn.Module, nn.Module]:
+    """A stock model and an accelerated copy of it."""
+    model = stock(name, family, **changes)
+    return model, fastbert.accelerate(copy.deepcopy(model))
+
+
+def batch(family: str, lengths: tuple[int, ...] = (33, 1, 16, 7), width: int | None = None) -> dict[str, torch.Tensor]:
+    """A right-padded batch of random ids: [len(lengths), width]."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    pad = config(family).pad_token_id
+    mask = (torch.arange(width or max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(5, VOCABULARY, mask.shape, generator=generator)
+    inputs = {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
+    if family == "bert":
+        inputs["token_type_ids"] = torch.randint(0, 2, mask.shape, generator=generator) * mask
+    return inputs
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside a model with a head (or itself)."""
+    return model.base_model
+
+
+def reasons(model: nn.Module) -> list[str]:
+    """Why each forward so far took the stock path; "" stands for a fast one."""
+    return list(fastbert.explain(model).models[0].calls)

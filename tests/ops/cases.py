@@ -1,0 +1,250 @@
+"""The one case list of the op tests, and what each op is called with and compared with.
+
+T real tokens, H = heads · dim, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastbert import ops
+from fastbert.ops import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+STEPS = {"float32": 2**-24, "bfloat16": 2**-9, "float16": 2**-12}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    lengths: tuple[int, ...]
+    heads: int
+    dim: int
+    intermediate: int
+    why: str
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def hidden(self) -> int:
+        return self.heads * self.dim
+
+    def cu_seqlens(self) -> torch.Tensor:
+        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = (
+    Case("edges", (17, 1, 128, 0, 65, 16, 64, 127, 15, 63), 2, 32, 256,
+         "one below, at and above the tile sizes 16, 64 and 128; one token; an empty row in the middle; unsorted"),
+    Case("long", (512, 511), 1, 64, 64, "as many tokens as BERT has positions, and one less"),
+    Case("minilm", (3, 30, 17), 12, 32, 1536, "MiniLM's sizes: head dim 32"),
+    Case("base", (17, 5), 12, 64, 3072, "BERT base's sizes"),
+    Case("large", (9,), 16, 64, 4096, "BERT large's sizes, one short sequence"),
+    Case("one", (1,), 1, 64, 64, "one token alone: a softmax of one score"),
+    Case("equal", (16, 16, 16, 8, 16), 2, 64, 128, "neighbours of equal length, which a backend may run together"),
+    Case("odd", (33, 31), 3, 33, 131, "head dim, hidden and intermediate size that no vector width divides"),
+    Case("narrow", (5, 2), 1, 8, 8, "rows narrower than a vector register"),
+    Case("empty_ends", (0, 7, 0), 2, 16, 64, "the first and the last row are empty"),
+)  # fmt: skip
+NO_TOKENS = Case("no_tokens", (0, 0), 2, 16, 64, "nothing but padding: T = 0")
+
+
+def normal(*shape: int, like: str, scale: float = 1.0) -> torch.Tensor:
+    """Draws from N(0, scale²) that depend on `like` alone, in float64."""
+    seed = sum(ord(c) * 31**i for i, c in enumerate(like)) % 2**31
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an op is tested with.
+
+    Args:
+        inputs: case → (name, arguments in float64) of each call; dtype-dependent ones take the dtype.
+        stock: the formula as HuggingFace or torch.nn writes it, in the dtype of its inputs: `base` of the rule. The name
+            of nothing in fastbert stands in it.
+        outputs: names of the outputs.
+        elementwise: judge per binade.
+        weights: which arguments are matrices that a backend may want packed.
+        rows: which arguments have a row a token, for the tests that change one sequence.
+    """
+
+    op: ops.Op
+    inputs: Callable[[Case, torch.dtype], Iterator[tuple[str, Arguments]]]
+    stock: Callable[..., Any]
+    outputs: tuple[str, ...]
+    elementwise: bool = False
+    weights: tuple[int, ...] = ()
+    rows: tuple[int, ...] = (0,)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(reference, self.op.name)
+
+
+def cast(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Arguments:
+    """Floating tensors in `dtype`, all tensors on `device`."""
+    return tuple(
+        (a.to(device, dtype) if a.is_floating_point() else a.to(device)) if isinstance(a, torch.Tensor) else a
+        for a in arguments
+    )
+
+
+# attention
+
+def attention_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    qkv = normal(case.tokens, 3, case.heads, case.dim, like=f"qkv {case}")
+    yield "", (qkv, case.cu_seqlens(), max(case.lengths), case.dim**-0.5)
+    peaked = qkv.clone()
+    peaked[:, 0] *= 8  # scores of size 8: nearly one-hot softmax rows
+    yield "peaked", (peaked, case.cu_seqlens(), max(case.lengths), case.dim**-0.5)
+
+
+def attention_stock(qkv, cu_seqlens, max_seqlen, scale, keep_bits=None, p=0.0):
+    """torch's SDPA with HuggingFace's padding mask; lse from scores in the tested dtype."""
+    lengths = cu_seqlens.diff().long()
+    real = torch.arange(max_seqlen, device=qkv.device) < lengths[:, None]  # [B, S]
+    padded = qkv.new_zeros(*real.shape, *qkv.shape[1:])
+    padded[real] = qkv
+    query, key, value = padded.permute(2, 0, 3, 1, 4)  # [B, N, S, D]
+    mask = real[:, None, None].expand(-1, 1, max_seqlen, -1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)[real]
+    scores = (query @ key.transpose(2, 3) * scale).to(torch.promote_types(qkv.dtype, torch.float32))
+    lse = scores.masked_fill(~mask, -torch.inf).logsumexp(3).transpose(1, 2)[real].T  # [N, T]
+    return out, lse
+
+
+# add_layer_norm, embed_layer_norm
+
+def gain_and_shift(hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return 1 + normal(hidden, like="gamma", scale=0.2), normal(hidden, like="beta", scale=0.1)
+
+
+def add_layer_norm_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    shape, gamma_beta = (case.tokens, case.hidden), gain_and_shift(case.hidden)
+    x, residual = normal(*shape, like="x"), normal(*shape, like="residual")
+    bias = normal(case.hidden, like="bias", scale=0.1)
+    yield "", (x, bias, residual, *gamma_beta, 1e-12)
+    yield "no bias", (x, None, residual, *gamma_beta, 1e-5)
+    # variance 2e-6: an eps of 1e-5 instead of 1e-12 changes them by a factor of 2.4, in every dtype
+    yield "small variance", (x * 1e-3, None, residual * 1e-3, *gamma_beta, 1e-12)
+    yield "variance of size eps", (x * 1e-3, None, residual * 1e-3, *gamma_beta, 1e-5)
+    if case.tokens > 256:  # a row shares its mean's rounding error: base's is no measure in a few rows
+        yield "large mean", (x, None, residual + 30, *gamma_beta, 1e-12)
+    yield "zeros", (x * 0, None, residual * 0, *gamma_beta, 1e-12)
+
+
+def add_layer_norm_stock(x, bias, residual, gamma, beta, eps, p=0.0):
+    """BertSelfOutput: dense's bias, then LayerNorm(hidden_states + input_tensor)."""
+    hidden = x if bias is None else x + bias
+    hidden = hidden + residual
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    y = F.layer_norm(hidden, gamma.shape, gamma, beta, eps)
+    return y, wide.mean(1), (wide.var(1, correction=0) + eps) ** -0.5
+
+
+def embed_layer_norm_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    def rows(most: int) -> torch.Tensor:
+        return torch.cat([torch.arange(n) % most for n in case.lengths] or [torch.zeros(0, dtype=torch.int64)])
+
+    hidden, gamma_beta = case.hidden, gain_and_shift(case.hidden)
+    ids, types, positions = rows(29) * 3 % 29, rows(2), rows(512)
+    words, kinds = normal(29, hidden, like="words", scale=0.02), normal(2, hidden, like="types", scale=0.02)
+    places = normal(512, hidden, like="positions", scale=0.02)
+    yield "", (ids, types, positions, words, kinds, places, *gamma_beta, 1e-12)
+    yield "no types", (ids, None, positions, words, None, places, *gamma_beta, 1e-5)
+    yield "int32", (ids.int(), types.int(), positions.int(), words, kinds, places, *gamma_beta, 1e-12)
+    yield "small variance", (ids, types, positions, words / 20, kinds / 20, places / 20, *gamma_beta, 1e-12)
+
+
+def embed_layer_norm_stock(ids, types, positions, words, type_table, position_table, gamma, beta, eps, p=0.0):
+    """BertEmbeddings: words, then token types, then positions."""
+    embeddings = F.embedding(ids, words)
+    if types is not None:
+        embeddings = embeddings + F.embedding(types, type_table)
+    embeddings = embeddings + F.embedding(positions, position_table)
+    return F.layer_norm(embeddings, gamma.shape, gamma, beta, eps)
+
+
+# linear, linear_gelu, feed_forward
+
+def linear_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    hidden = case.hidden
+    x, weight = normal(case.tokens, hidden, like="x"), normal(3 * hidden, hidden, like="w", scale=hidden**-0.5)
+    yield "", (x, weight, normal(3 * hidden, like="b", scale=0.1))
+    yield "no bias", (x, weight, None)
+
+
+def linear_gelu_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    hidden, wide = case.hidden, case.intermediate
+    x, weight = normal(case.tokens, hidden, like="x"), normal(wide, hidden, like="w1", scale=hidden**-0.5)
+    yield "", (x, weight, normal(wide, like="b1", scale=0.1), "none")
+    yield "tanh", (x, weight, None, "tanh")
+
+
+def linear_gelu_stock(x, weight, bias=None, approximate="none"):
+    """BertIntermediate: dense, then GELU, each rounded to the dtype."""
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
+def all_values(dtype: torch.dtype) -> torch.Tensor:
+    """Every finite value of a 16-bit dtype; of float32, 128 of each binade and sign and many from -14 to 14.
+
+    Of those with 8 exponent bits not the magnitudes from 2^126, where torch's own GELU overflows on its way, nor those
+    below 2^-124, whose results oneDNN's and torch's products flush to zero.
+    """
+    if dtype != torch.float32:
+        values = torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(dtype)
+        values = values[values.isfinite()].double()
+        fits = (values.abs() < 2.0**126) & (values.abs() >= 2.0**-124)
+        return values[fits] if dtype == torch.bfloat16 else values
+    mantissa = 1 + torch.rand(250, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    magnitude = (mantissa * 2.0 ** torch.arange(-124, 126, dtype=torch.float64)[:, None]).flatten()
+    return torch.cat([magnitude, -magnitude, torch.linspace(-14, 14, 32768, dtype=torch.float64)])
+
+
+def gelu_inputs(dtype: torch.dtype, approximate: str) -> Arguments:
+    """Arguments of linear_gelu that make it GELU alone: an identity weight, whose products and sums are exact."""
+    values = all_values(dtype)
+    x = F.pad(values, (0, -len(values) % 8)).view(-1, 8)
+    return x, torch.eye(8, dtype=torch.float64), None, approximate
+
+
+def feed_forward_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    hidden, wide = case.hidden, case.intermediate
+    x, w1 = normal(case.tokens, hidden, like="x"), normal(wide, hidden, like="w1", scale=hidden**-0.5)
+    w2, b2 = normal(hidden, wide, like="w2", scale=wide**-0.5), normal(hidden, like="b2", scale=0.1)
+    yield "", (x, w1, normal(wide, like="b1", scale=0.1), w2, b2, "none")
+    yield "tanh, no biases", (x, w1, None, w2, None, "tanh")
+
+
+def feed_forward_stock(x, w1, b1, w2, b2, approximate="none"):
+    """BertIntermediate, then BertOutput's dense."""
+    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+
+
+ATTENTION = Spec(ops.attention, attention_inputs, attention_stock, ("out", "lse"))
+ADD_LAYER_NORM = Spec(
+    ops.add_layer_norm, add_layer_norm_inputs, add_layer_norm_stock, ("y", "mean", "rstd"), elementwise=True, rows=(0, 2)
+)
+EMBED_LAYER_NORM = Spec(
+    ops.embed_layer_norm, embed_layer_norm_inputs, embed_layer_norm_stock, ("y",), elementwise=True, rows=()
+)
+LINEAR = Spec(ops.linear, linear_inputs, F.linear, ("y",), weights=(1,))
+LINEAR_GELU = Spec(ops.linear_gelu, linear_gelu_inputs, linear_gelu_stock, ("y",), weights=(1,))
+FEED_FORWARD = Spec(ops.feed_forward, feed_forward_inputs, feed_forward_stock, ("y",), weights=(1, 3))
+SPECS = (ATTENTION, ADD_LAYER_NORM, EMBED_LAYER_NORM, LINEAR, LINEAR_GELU, FEED_FORWARD)

@@ -1,0 +1,179 @@
+"""The tests that every op has. A test file names its SPEC and imports those it wants; conftest.py parametrizes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastbert import ops
+from fastbert.parity import judge
+from tests.ops.cases import CASES, NO_TOKENS, Arguments, Case, Spec, cast
+
+EDGES = CASES[0]
+
+
+def as_tuple(outputs: object) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def arguments_of(spec: Spec, arguments: Arguments, dtype: torch.dtype, backend: Backend) -> Arguments:
+    """What the backend is called with: rounded to the dtype, on its device, matrices packed if it wants them so."""
+    found = list(cast(arguments, dtype, backend.device))
+    for i in spec.weights if backend.packed else ():
+        found[i] = ops.pack_weight(found[i])
+    return tuple(found)
+
+
+class Backend:
+    """A backend to test: its name, a device, and whether matrices come packed."""
+
+    def __init__(self, name: str, device: str, packed: bool = False) -> None:
+        self.name, self.device, self.packed = name, device, packed
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *([self.device] if self.device != "cpu" else []), *(["packed"] if self.packed else [])])
+
+    def __call__(self, spec: Spec, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+        with ops.use_backend(self.name), torch.no_grad():
+            return as_tuple(spec.op(*arguments))
+
+
+def backends_of(spec: Spec, devices: tuple[str, ...]) -> Iterator[Backend]:
+    for device in devices:
+        for backend in spec.op.order(device):
+            yield Backend(backend.name, device)
+            if spec.weights and device == "cpu":
+                yield Backend(backend.name, device, packed=True)
+
+
+def judged(
+    spec: Spec, case: Case, dtype: torch.dtype, backend: Backend
+) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]]:
+    """(check, (ours, ref, base, elementwise)) of each call of the spec and each of its outputs."""
+    for name, exact in spec.inputs(case, dtype):
+        rounded = cast(exact, dtype)
+        ours = backend(spec, arguments_of(spec, exact, dtype, backend))
+        ref = as_tuple(spec.reference(*cast(rounded, torch.float64)))
+        base = as_tuple(spec.stock(*cast(rounded, dtype, backend.device)))
+        for i, output in enumerate(spec.outputs):
+            if case.tokens < 16 and output in ("mean", "rstd"):
+                continue  # base's error in a few numbers is no measure; y shows theirs
+            check = "/".join([spec.op.name, str(backend), output, *([name] if name else [])])
+            yield check, (ours[i].cpu(), ref[i], base[i].cpu(), spec.elementwise and i == 0)
+
+
+def test_parity(spec, case, dtype, backend, parity):
+    for check, tensors in judged(spec, case, dtype, backend):
+        parity(*tensors[:3], name=check, elementwise=tensors[3])
+
+
+def test_reference_is_the_formula(spec, case):
+    """In float64 the reference and the stock formula agree: the rule would let through an error that both had alone."""
+    for name, exact in spec.inputs(case, torch.float64):
+        for ref, stock in zip(as_tuple(spec.reference(*exact)), as_tuple(spec.stock(*exact)), strict=False):
+            torch.testing.assert_close(ref, stock, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_dtypes_and_shapes(spec, dtype, backend):
+    """What the fake says: 16-bit outputs, statistics in fp32, also where T = 0."""
+    for case in (EDGES, NO_TOKENS):
+        for _, exact in spec.inputs(case, dtype):
+            arguments = arguments_of(spec, exact, dtype, backend)
+            fake = as_tuple(spec.op.fake(*arguments))
+            for ours, expected in zip(backend(spec, arguments), fake, strict=True):
+                assert (ours.dtype, ours.shape, ours.device) == (expected.dtype, expected.shape, expected.device)
+                assert ours.isfinite().all()
+
+
+def test_reruns_are_bitwise_equal(spec, dtype, backend):
+    for _, exact in spec.inputs(EDGES, dtype):
+        arguments = arguments_of(spec, exact, dtype, backend)
+        for first, second in zip(backend(spec, arguments), backend(spec, arguments), strict=True):
+            assert torch.equal(first, second)
+
+
+def test_other_sequences_do_not_matter(spec, dtype, backend):
+    """Filling one sequence with other values, and with NaN, leaves every other row bitwise as it was."""
+    offsets = EDGES.cu_seqlens().tolist()
+    start, end = offsets[2], offsets[3]  # the sequence of 128
+    others = torch.ones(EDGES.tokens, dtype=torch.bool)
+    others[start:end] = False
+    for _, exact in spec.inputs(EDGES, dtype):
+        arguments = arguments_of(spec, exact, dtype, backend)
+        before = backend(spec, arguments)
+        for value in (-3.0, float("nan")):
+            changed = list(arguments)
+            for i in spec.rows:
+                changed[i] = arguments[i].clone()
+                changed[i][start:end] = value
+            after = backend(spec, tuple(changed))
+            for old, new in zip(before, after, strict=True):
+                dim = old.shape.index(EDGES.tokens)
+                assert torch.equal(*(x.movedim(dim, 0)[others.to(x.device)] for x in (old, new)))
+            assert not all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values as every second element of a larger tensor that holds NaN between them."""
+    wide = x.new_full((*x.shape, 2), float("nan") if x.is_floating_point() else 0)
+    wide[..., 0] = x
+    return wide[..., 0]
+
+
+def test_strided_inputs(spec, dtype, backend, parity):
+    """Tensors that are not contiguous give what their contiguous copies give."""
+    for name, exact in spec.inputs(EDGES, dtype):
+        rounded = cast(exact, dtype)
+        arguments = cast(rounded, dtype, backend.device)
+        views = tuple(strided(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+        if backend.packed:
+            views = tuple(ops.pack_weight(a) if i in spec.weights else a for i, a in enumerate(views))
+        ours, ref = backend(spec, views), as_tuple(spec.reference(*cast(rounded, torch.float64)))
+        base = as_tuple(spec.stock(*arguments))
+        for i, output in enumerate(spec.outputs):
+            check = "/".join([spec.op.name, str(backend), output, "strided", *([name] if name else [])])
+            parity(ours[i].cpu(), ref[i], base[i].cpu(), name=check, elementwise=spec.elementwise and i == 0)
+
+
+def test_inputs_are_not_written(spec, dtype, backend):
+    for _, exact in spec.inputs(EDGES, dtype):
+        arguments = arguments_of(spec, exact, dtype, backend)
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor) and not a.is_mkldnn]
+        copies = [a.clone() for a in tensors]
+        backend(spec, arguments)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+
+
+def test_opcheck(spec, dtype):
+    """Schema and fake hold, as torch.library sees them."""
+    for case in (EDGES, NO_TOKENS):
+        for _, exact in spec.inputs(case, dtype):
+            overload = getattr(torch.ops.fastbert, spec.op.name).default
+            torch.library.opcheck(overload, cast(exact, dtype), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_gradcheck_of_the_reference(spec):
+    """The reference is differentiable: the specification of the backward to come."""
+    case = Case("gradcheck", (3, 0, 1), 2, 4, 5, "small enough for numeric gradients")
+    for name, exact in spec.inputs(case, torch.float64):
+        if name in ("", "no bias", "tanh"):
+            arguments = [
+                a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in exact
+            ]
+            assert torch.autograd.gradcheck(spec.reference, arguments)
+
+
+def test_a_gradient_is_refused_in_words(spec):
+    _, exact = next(iter(spec.inputs(EDGES, torch.float32)))
+    arguments = cast(exact, torch.float32)
+    wanted = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    with pytest.raises(NotImplementedError, match=f"fastbert.ops.{spec.op.name} has no backward yet"):
+        spec.op(*wanted)
+
+
+def verdicts(spec: Spec, case: Case, dtype: torch.dtype, backend: Backend) -> Iterator[tuple[str, float]]:
+    """(check, ratio) of what test_parity asserts, for the tests of the tests."""
+    for check, (ours, ref, base, elementwise) in judged(spec, case, dtype, backend):
+        yield check, judge(ours, ref, base, elementwise).ratio

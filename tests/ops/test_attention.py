@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastbert import ops
+from tests.ops.cases import ATTENTION as SPEC
+from tests.ops.cases import STEPS, cast, normal
+from tests.ops.common import (  # noqa: F401
+    test_a_gradient_is_refused_in_words,
+    test_dtypes_and_shapes,
+    test_gradcheck_of_the_reference,
+    test_inputs_are_not_written,
+    test_opcheck,
+    test_other_sequences_do_not_matter,
+    test_parity,
+    test_reference_is_the_formula,
+    test_reruns_are_bitwise_equal,
+    test_strided_inputs,
+)
+
+
+def test_dropout_by_hand(dtype, backend):
+    """Two sequences and given keep bits against the formula written out, element by element."""
+    lengths, heads, dim, p = (33, 2), 2, 8, 0.25
+    tokens, longest = sum(lengths), max(lengths)
+    qkv = normal(tokens, 3, heads, dim, like="dropout").to(dtype)
+    keep = normal(heads, tokens, longest, like="bits") > -0.7
+    bits = torch.zeros(heads, tokens, 2, dtype=torch.int64)
+    for key in range(longest):
+        bits[:, :, key // 32] |= keep[:, :, key].long() << (key % 32)
+    bits = (bits + 2**31) % 2**32 - 2**31  # the same 32 bits as a signed integer
+    expected = torch.zeros(tokens, heads, dim, dtype=torch.float64)
+    rows, start = qkv.tolist(), 0
+    for length in lengths:
+        for head in range(heads):
+            for i in range(start, start + length):
+                query = rows[i][0][head]
+                scores = [sum(a * b for a, b in zip(query, rows[start + j][1][head], strict=True)) / 3 for j in range(length)]
+                total = sum(math.exp(s) for s in scores)
+                for j, score in enumerate(scores):
+                    if keep[head, i, j]:
+                        value = torch.tensor(rows[start + j][2][head], dtype=torch.float64)
+                        expected[i, head] += math.exp(score) / total / (1 - p) * value
+        start += length
+    arguments = cast((qkv, torch.tensor([0, 33, 35], dtype=torch.int32), 33, 1 / 3, bits.int(), p), dtype, backend.device)
+    out, _ = backend(SPEC, arguments)
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=8 * STEPS[str(dtype)[6:]] * largest)
+
+
+def dropout_arguments(**changes):
+    arguments = {"qkv": torch.ones(3, 3, 2, 8), "cu_seqlens": torch.tensor([0, 3], dtype=torch.int32), "max_seqlen": 3}
+    return arguments | {"scale": 1.0, "keep_bits": torch.ones(2, 3, 1, dtype=torch.int32), "p": 0.5} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"qkv": torch.ones(3, 2, 2, 8)}, r"qkv has shape \[3, 2, 2, 8\], expected \[any, 3, any, any\]"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens is torch.int64, expected int32"),
+        ({"keep_bits": torch.ones(2, 3, 2).int()}, r"keep_bits has shape \[2, 3, 2\], expected \[2, 3, 1\]"),
+        ({"keep_bits": None}, "p = 0.5 and keep_bits missing: dropout needs both"),
+        ({"p": 0.0}, "p = 0.0 and keep_bits given: dropout needs both"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        ops.attention(*dropout_arguments(**changes).values())
+
+
+def test_an_upper_bound_for_max_seqlen_is_enough(dtype, backend, parity):
+    """max_seqlen may be larger than the longest sequence: a GPU caller does not read it back."""
+    qkv = normal(20, 3, 2, 32, like="bound")
+    cu_seqlens = torch.tensor([0, 17, 20], dtype=torch.int32)
+    exact, bound = (qkv, cu_seqlens, 17, 0.2), (qkv, cu_seqlens, 64, 0.2)
+    ours = backend(SPEC, cast(bound, dtype, backend.device))
+    ref, base = SPEC.reference(*cast(cast(exact, dtype), torch.float64)), SPEC.stock(*cast(exact, dtype, backend.device))
+    for i, output in enumerate(SPEC.outputs):
+        parity(ours[i].cpu(), ref[i], base[i].cpu(), name=f"attention/{backend}/{output}/bound")

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbert import ops
+from tests.ops.cases import FEED_FORWARD as SPEC
+from tests.ops.common import (  # noqa: F401
+    test_a_gradient_is_refused_in_words,
+    test_dtypes_and_shapes,
+    test_gradcheck_of_the_reference,
+    test_inputs_are_not_written,
+    test_opcheck,
+    test_other_sequences_do_not_matter,
+    test_parity,
+    test_reference_is_the_formula,
+    test_reruns_are_bitwise_equal,
+    test_strided_inputs,
+)
+
+
+@pytest.mark.parametrize(
+    ("w1", "b1", "w2", "b2", "words"),
+    [
+        ((6, 5), (6,), (4, 6), (4,), r"weight has shape \[6, 5\], expected \[any, 4\]"),
+        ((6, 4), (4,), (4, 6), (4,), r"bias has shape \[4\], expected \[6\]"),
+        ((6, 4), (6,), (4, 4), (4,), r"w2 has shape \[4, 4\], expected \[any, 6\]"),
+        ((6, 4), (6,), (4, 6), (6,), r"b2 has shape \[6\], expected \[4\]"),
+    ],
+)
+def test_wrong_shapes_are_named(w1, b1, w2, b2, words):
+    with pytest.raises(ValueError, match=words):
+        ops.feed_forward(torch.ones(3, 4), *(torch.ones(shape) for shape in (w1, b1, w2, b2)))
+
+
+def test_two_dtypes_are_refused():
+    with pytest.raises(ValueError, match="x is torch.float32 and w2 is torch.bfloat16"):
+        ops.feed_forward(torch.ones(3, 4), torch.ones(6, 4), None, torch.ones(4, 6).bfloat16(), None)
+
+
+def test_it_is_two_products(dtype, backend):
+    """feed_forward is linear(linear_gelu(x)), by the same backend, bitwise where the dtype is fp32."""
+    if dtype == torch.float32:
+        x, w1, b1, w2, b2 = (torch.randn(s, device=backend.device) for s in ((9, 16), (32, 16), (32,), (16, 32), (16,)))
+        if backend.packed:
+            w1, w2 = ops.pack_weight(w1), ops.pack_weight(w2)
+        with ops.use_backend(backend.name):
+            torch.testing.assert_close(
+                ops.feed_forward(x, w1, b1, w2, b2), ops.linear(ops.linear_gelu(x, w1, b1), w2, b2), rtol=0, atol=0
+            )

@@ -1,0 +1,142 @@
+"""Dispatch: the order of backends, use_backend, record, refusals in words."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+
+import pytest
+import torch
+
+from fastbert import ops
+from fastbert.ops import Backend
+
+X, W = torch.ones(2, 8), torch.ones(4, 8)
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """linear's backend "torch" refuses everything, for two reasons."""
+    reasons = ["the moon is full", "2 is an even number"]
+    monkeypatch.setitem(ops.linear.backends, "torch", Backend("torch", lambda *a: 1 / 0, lambda *a: reasons))
+    ops.linear._order.clear()
+    yield
+    ops.linear._order.clear()
+
+
+def backend_of_a_call():
+    with ops.record() as calls:
+        ops.linear(X, W)
+    return [call.backend for call in calls]
+
+
+def test_the_reference_is_tried_last():
+    for op in ops.ALL:
+        assert [b.name for b in op.order("cpu")][-1] == "reference"
+    assert backend_of_a_call() == ["torch"]
+
+
+def test_a_backend_for_another_device_is_not_tried():
+    assert "cuda" not in [b.name for b in ops.unpad.order("cpu")]
+    assert "cuda" in [b.name for b in ops.unpad.order("cuda")]
+
+
+def test_every_op_is_a_torch_op_too():
+    for op in ops.ALL:
+        schema = getattr(torch.ops.fastbert, op.name).default._schema
+        assert [a.name for a in schema.arguments] == list(inspect.signature(op.backends["reference"].run).parameters)
+    with ops.record() as calls:
+        torch.ops.fastbert.linear(X, W)
+    assert [call.op for call in calls] == ["linear"]
+
+
+@pytest.mark.parametrize("names", [("reference",), ("torch",), ("triton", "reference"), ("reference", "torch")])
+def test_a_forced_backend_runs(names):
+    with ops.use_backend(*names):
+        assert ops.forced_backends() == names
+        assert backend_of_a_call() == [next(n for n in names if n in ops.linear.backends)]
+    assert ops.forced_backends() is None
+
+
+def test_the_inner_choice_holds_and_ends():
+    with ops.use_backend("reference"):
+        with ops.use_backend("torch"):
+            assert backend_of_a_call() == ["torch"]
+        assert backend_of_a_call() == ["reference"]
+    assert backend_of_a_call() == ["torch"]
+
+
+def test_the_choice_ends_with_an_exception():
+    with pytest.raises(KeyError), ops.use_backend("reference"):
+        raise KeyError
+    assert backend_of_a_call() == ["torch"]
+
+
+def test_another_thread_keeps_its_own_choice():
+    seen = []
+    with ops.use_backend("reference"), ops.record() as calls:
+        thread = threading.Thread(target=lambda: seen.extend([ops.forced_backends(), *backend_of_a_call()]))
+        thread.start()
+        thread.join()
+        assert backend_of_a_call() == ["reference"]
+    assert seen == [None, "torch"]
+    assert [c.backend for c in calls] == [], "an inner record keeps the calls to itself, another thread's are not seen"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("fast",), r"unknown backend fast; the backends are reference, torch, triton, cuda, cpu"),
+        (("torch", "a", "b"), "unknown backend a, b"),
+        ((), r"unknown backend \(none given\)"),
+    ],
+)
+def test_an_unknown_backend_is_named(names, words):
+    with pytest.raises(ValueError, match=words), ops.use_backend(*names):
+        pass
+
+
+def test_a_backend_that_the_op_lacks_is_refused():
+    with ops.use_backend("triton"), pytest.raises(ops.BackendRefused, match=r"no backend takes this call on cpu") as caught:
+        ops.linear(X, W)
+    assert "triton: not a backend of this op (it has torch, reference)" in str(caught.value)
+
+
+def test_all_reasons_are_given_at_once(refusing):
+    with ops.use_backend("torch"), pytest.raises(ops.BackendRefused) as caught:
+        ops.linear(X, W)
+    assert "torch: the moon is full\n  torch: 2 is an even number" in str(caught.value)
+
+
+def test_a_refused_backend_is_passed_over(refusing):
+    assert backend_of_a_call() == ["reference"]
+    with ops.use_backend("torch", "reference"):
+        assert backend_of_a_call() == ["reference"]
+
+
+def test_record_keeps_op_backend_and_shapes_in_order():
+    with ops.record() as calls:
+        ops.unpad(torch.ones(2, 3))
+        ops.linear(X, W, bias=None)
+    ops.linear(X, W)
+    unpad = ops.unpad.order("cpu")[0]
+    name = unpad.name if not unpad.reasons(torch.ones(1, 1)) else calls[0].backend
+    assert calls == [ops.Call("unpad", name, ((2, 3),)), ops.Call("linear", "torch", ((2, 8), (4, 8)))]
+
+
+def test_nothing_is_recorded_of_a_call_that_failed():
+    with ops.record() as calls, pytest.raises(ValueError):
+        ops.linear(X, torch.ones(4, 9))
+    assert calls == []
+
+
+def test_the_ops_can_be_traced():
+    """The fakes give torch.compile's tracer the shapes, also where the number of tokens depends on the data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        mask = mode.from_tensor(torch.ones(2, 5))
+        indices, cu_seqlens = torch.ops.fastbert.unpad(mask)
+        assert indices.dim() == 1 and cu_seqlens.shape == (3,)
+        assert torch.ops.fastbert.linear(mode.from_tensor(X), mode.from_tensor(W)).shape == (2, 4)
