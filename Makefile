@@ -37,7 +37,7 @@ format: setup ## ruff's format and its safe repairs
 	$(BIN)/ruff format
 
 clean: ## removes everything that was built, fetched or cached here
-	rm -rf $(VENV) .cache build *.egg-info fastbert/_native.so fastbert/_native.json
+	rm -rf $(VENV) .cache build *.egg-info fastbert/_native.so fastbert/_native.json fastbert-bench.png
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,4 +1,4 @@
-"""Each op at each case, on every backend that accepts it.
+"""Each op at each case, on every backend that accepts it and keeps the parity rule there.
 
 pytest benchmarks/bench_ops.py --benchmark-group-by=group
 pytest benchmarks/bench_ops.py -k "attention and ragged"
@@ -11,27 +11,27 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import stock
 from benchmarks.cases import Case, cases, op_calls
+from benchmarks.ceilings import DEVICE, copy_bandwidth, gemm_peak
 from fastbert import ops
+from fastbert.dtypes import DTYPES
 from fastbert.limits import synchronize
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = (torch.float32, torch.bfloat16)
-BACKENDS = [(op.name, backend) for op in ops.ALL for backend in op.backends if backend != "reference"]
+BACKENDS = [(op.name, b.name) for op in ops.ALL for b in op.order(DEVICE) if b.name != "reference"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", cases(DEVICE), ids=lambda case: case.name)
 @pytest.mark.parametrize(("op", "backend"), BACKENDS, ids=lambda value: value)
 @torch.inference_mode()
-def test_op(benchmark: Any, op: str, backend: str, case: Case, dtype: torch.dtype) -> None:
-    call = op_calls(case, dtype, DEVICE)[op]()
-    chosen = getattr(ops, op).backends[backend]
-    reasons = chosen.reasons(*call.arguments)
-    if chosen.devices and DEVICE not in chosen.devices:
-        reasons = [f"{backend} is not for {DEVICE}"]
-    if reasons:
+def test_op(benchmark: Any, op: str, backend: str, case: Case, dtype: str) -> None:
+    call = op_calls(case, DTYPES[dtype], DEVICE)[op]()
+    if reasons := getattr(ops, op).backends[backend].reasons(*call.arguments):
         pytest.skip("; ".join(reasons))
+    passed, words = stock.verdict(call, backend)
+    if not passed:
+        pytest.fail(f"no speed: parity failed: {words}")
 
     def run() -> None:
         call.run()
@@ -42,5 +42,9 @@ def test_op(benchmark: Any, op: str, backend: str, case: Case, dtype: torch.dtyp
         benchmark(run)
     seconds = benchmark.stats.stats.median if benchmark.stats else None  # None under --benchmark-disable
     if seconds:
-        benchmark.extra_info["GFLOP/s"] = round(call.flops / seconds / 1e9, 1)
+        benchmark.extra_info["parity"] = words
+        if call.flops:
+            benchmark.extra_info["GFLOP/s"] = round(call.flops / seconds / 1e9, 1)
+            benchmark.extra_info["share of GEMM peak"] = round(call.flops / seconds / gemm_peak(case, dtype), 3)
         benchmark.extra_info["GB/s"] = round(call.bytes_moved / seconds / 1e9, 2)
+        benchmark.extra_info["share of copy bandwidth"] = round(call.bytes_moved / seconds / copy_bandwidth(), 3)

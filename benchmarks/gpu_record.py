@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,22 +22,22 @@ import torch
 
 import fastbert
 from benchmarks import stock
-from benchmarks.bench_models import random_model
-from benchmarks.cases import TINY_CASES, Case, cases, op_calls
-from fastbert import bench, limits, ops, parity, parity_models, workloads
+from benchmarks.cases import TINY_CASES, Case, OpCall, cases, op_calls, random_model
+from fastbert import bench, limits, ops, parity_models, workloads
 from fastbert.bench_model import forward
+from fastbert.dtypes import DTYPES, dtype_name
 from fastbert.provenance import provenance
 
-Row = dict[str, Any]
+Line = dict[str, Any]
 
 
 @dataclasses.dataclass
 class Setting:
-    """What to run on, and what parity said so far: (op or "model", backend, dtype) → passed."""
+    """What to run on, and what parity said so far: (op, case, dtype, backend) → passed, words."""
 
     device: str
     dry_run: bool
-    verdicts: dict[tuple[str, str, str], bool] = dataclasses.field(default_factory=dict)
+    verdicts: dict[tuple[str, str, str, str], tuple[bool, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -45,7 +46,7 @@ class Setting:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         names = ("fp32", "bf16", "fp16") if self.device.startswith("cuda") else ("fp32", "bf16")
-        return {name: bench.DTYPES[name] for name in names}
+        return {name: DTYPES[name] for name in names}
 
     @property
     def rounds(self) -> int:
@@ -57,12 +58,19 @@ class Setting:
         order = [b for b in getattr(ops, op).order(kind) if b.name != "reference"]
         return {b.name: b.reasons(*arguments) for b in order}
 
+    def verdict(self, call: OpCall, case: Case, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
+        """Parity of a backend on this very call, judged once."""
+        key = call.op, case.name, dtype_name(dtype), backend
+        if key not in self.verdicts:
+            self.verdicts[key] = stock.verdict(call, backend)
+        return self.verdicts[key]
 
-def part_provenance(setting: Setting) -> Iterator[Row]:
+
+def part_provenance(setting: Setting) -> Iterator[Line]:
     yield {"device": setting.device, "dry_run": setting.dry_run, **provenance()}
 
 
-def part_ceilings(setting: Setting) -> Iterator[Row]:
+def part_ceilings(setting: Setting) -> Iterator[Line]:
     """Copy bandwidth, a large square product, and the best rate on each case's own products."""
     megabytes, size, tokens = (8, 256, 64) if setting.dry_run else (1024, 8192, 8192)
     if setting.device == "cpu" and not setting.dry_run:
@@ -78,56 +86,43 @@ def part_ceilings(setting: Setting) -> Iterator[Row]:
             yield {"what": "products", "case": case.name, "dtype": name, **peak}
 
 
-@torch.inference_mode()
-def part_parity(setting: Setting) -> Iterator[Row]:
-    """Every backend of every op against the reference in float64, base stock PyTorch."""
-    for name, dtype in setting.dtypes.items():
-        for op in stock.ALL:
-            arguments = op_calls(TINY_CASES[0], dtype, setting.device)[op]().arguments
-            with ops.use_backend("reference"):
-                expected = getattr(ops, op)(*stock.double(arguments))
-            base = stock.ALL[op](*stock.plain(arguments))
-            for backend, reasons in setting.backends(op, arguments).items():
-                row: Row = {"op": op, "backend": backend, "dtype": name}
-                if reasons:
-                    yield {**row, "refused": reasons}
-                    continue
-                with ops.use_backend(backend):
-                    got = getattr(ops, op)(*arguments)
-                passed, words = agree(got, expected, base)
-                setting.verdicts[op, backend, name] = passed
-                yield {**row, "passed": passed, "words": words}
-
-
-def agree(got: Any, expected: Any, base: Any) -> tuple[bool, str]:
-    """The parity rule on an op's first output; every output of integers must be equal."""
-    if not isinstance(got, torch.Tensor) and not got[0].is_floating_point():
-        equal = all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
-        return equal, "equal" if equal else "integers differ"
-    got, expected, base = (x if isinstance(x, torch.Tensor) else x[0] for x in (got, expected, base))
-    verdict = parity.judge(got, expected.double(), base)
-    return verdict.passed, str(verdict)
+def part_parity(setting: Setting) -> Iterator[Line]:
+    """Every backend of every op at every case against the reference in float64, base stock PyTorch."""
+    for case in setting.cases:
+        for name, dtype in setting.dtypes.items():
+            for op, make in op_calls(case, dtype, setting.device).items():
+                call = make()
+                for backend, reasons in setting.backends(op, call.arguments).items():
+                    line: Line = {"op": op, "case": case.name, "dtype": name, "backend": backend}
+                    if reasons:
+                        yield {**line, "refused": reasons}
+                        continue
+                    passed, words = setting.verdict(call, case, dtype, backend)
+                    yield {**line, "passed": passed, "words": words}
 
 
 @torch.inference_mode()
-def part_ops(setting: Setting) -> Iterator[Row]:
-    """Stock PyTorch and every backend of every op at every case, interleaved."""
+def part_ops(setting: Setting) -> Iterator[Line]:
+    """Stock PyTorch and every backend of every op at every case, interleaved; a backend is timed if it has parity."""
     for case in setting.cases:
         for name, dtype in setting.dtypes.items():
             for op, make in op_calls(case, dtype, setting.device).items():
                 call = make()
                 arguments = stock.plain(call.arguments)
+                costs = {"flops": call.flops, "bytes": call.bytes_moved}
+                line: Line = {"op": op, "case": case.name, "dtype": name, **costs}
                 candidates: dict[str, Callable[[int], object]] = {"stock": lambda i: stock.ALL[op](*arguments)}  # noqa: B023
                 for backend, reasons in setting.backends(op, call.arguments).items():
-                    if not reasons:
+                    if reasons:
+                        continue
+                    passed, words = setting.verdict(call, case, dtype, backend)
+                    if passed:
                         candidates[backend] = on_backend(backend, call.run)
-                row: Row = {"op": op, "case": case.name, "dtype": name, "flops": call.flops, "bytes": call.bytes_moved}
-                for backend in [b for b in candidates if b != "stock" and not setting.verdicts.get((op, b, name))]:
-                    del candidates[backend]
-                    yield {**row, "backend": backend, "note": "no speed: it has not passed parity"}
+                    else:
+                        yield {**line, "backend": backend, "note": f"no speed: parity failed: {words}"}
                 samples = measure(setting, candidates)
                 for backend, seconds in samples.items():
-                    yield {**row, "backend": backend, **figures(seconds, samples["stock"])}
+                    yield {**line, "backend": backend, **figures(seconds, samples["stock"])}
 
 
 def on_backend(backend: str, run: Callable[[], object]) -> Callable[[int], object]:
@@ -148,7 +143,7 @@ def measure(setting: Setting, candidates: dict[str, Callable[[int], object]]) ->
     return bench.interleave(candidates, setting.rounds, warmup=2, inner=inner, device=setting.device)
 
 
-def figures(seconds: list[float], base: list[float]) -> Row:
+def figures(seconds: list[float], base: list[float]) -> Line:
     """Summary, ratio to the base, raw samples."""
     return {
         "seconds": dataclasses.asdict(bench.summarize(seconds)),
@@ -157,18 +152,18 @@ def figures(seconds: list[float], base: list[float]) -> Row:
     }
 
 
-def part_models(setting: Setting) -> Iterator[Row]:
+def part_models(setting: Setting) -> Iterator[Line]:
     """Stock HuggingFace and fastbert: random BERT of each case's sizes on its workload."""
     layers = 1 if setting.dry_run else 12
     for case in setting.cases:
         for name, dtype in setting.dtypes.items():
             theirs = random_model(case, layers, dtype, setting.device)
             batch = workloads.batches(case.workload, vocab_size=theirs.config.vocab_size).batches[0].to(setting.device)
-            row: Row = {"case": case.name, "dtype": name, "layers": layers}
+            line: Line = {"case": case.name, "dtype": name, "layers": layers}
             found = parity_models.compare_models(theirs, batch.inputs(), dtype, device=setting.device)
-            yield {**row, "passed": found.passed, "worst": dataclasses.asdict(found.worst), "why": found.why}
+            yield {**line, "passed": found.passed, "worst": dataclasses.asdict(found.worst), "why": found.why}
             if not found.passed:
-                yield {**row, "engine": "fastbert", "note": "no speed: parity failed"}
+                yield {**line, "engine": "fastbert", "note": "no speed: parity failed"}
                 continue
             ours = fastbert.accelerate(copy.deepcopy(theirs))
             engines = {"huggingface": theirs, "fastbert": ours}
@@ -179,7 +174,7 @@ def part_models(setting: Setting) -> Iterator[Row]:
                 model = engines[engine]
                 memory = limits.peak_memory(lambda m=model, b=batch: forward(m, b), setting.device)  # type: ignore[misc]
                 yield {
-                    **row,
+                    **line,
                     "engine": engine,
                     "real_tokens": batch.real_tokens,
                     "fill": batch.real_tokens / batch.padded_tokens,
@@ -189,7 +184,7 @@ def part_models(setting: Setting) -> Iterator[Row]:
                 }
 
 
-PARTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
+PARTS: dict[str, Callable[[Setting], Iterator[Line]]] = {
     "provenance": part_provenance,
     "ceilings": part_ceilings,
     "parity": part_parity,
@@ -204,17 +199,17 @@ def record(setting: Setting, out: Path, names: Sequence[str]) -> list[str]:
     broken = []
     with out.open("a", encoding="utf-8") as file:
 
-        def append(row: Row) -> None:
-            file.write(json.dumps(row, default=str) + "\n")
+        def append(line: Line) -> None:
+            file.write(json.dumps(line, default=str) + "\n")
             file.flush()
 
         for name in names:
             begin = time.perf_counter()
             print(f"{name} ...", flush=True)
             try:
-                for row in PARTS[name](setting):
-                    append({"part": name, **row})
-                end: Row = {"done": True}
+                for line in PARTS[name](setting):
+                    append({"part": name, **line})
+                end: Line = {"done": True}
             except Exception as error:
                 broken.append(name)
                 end = {"done": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
@@ -226,7 +221,8 @@ def record(setting: Setting, out: Path, names: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_record", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for record.jsonl")
+    out_help = "folder for record.jsonl; --dry-run needs none and takes a temporary one"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
     parser.add_argument("--device", help="default: cuda where torch sees one, else cpu")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: does every part run")
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
@@ -235,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         parser.error(f"no part is called {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+    if given.out is None and not given.dry_run:
+        parser.error("--out DIR is needed: where the record goes")
     device = given.device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,8 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("torch sees no CUDA device: recording the CPU")
     elif device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --device cpu records the CPU")
-    broken = record(Setting(device, given.dry_run), given.out / "record.jsonl", names)
-    print(f"{given.out / 'record.jsonl'}" + (f": {', '.join(broken)} raised" if broken else ""))
+    file = (given.out or Path(tempfile.mkdtemp(prefix="gpu_record-"))) / "record.jsonl"
+    broken = record(Setting(device, given.dry_run), file, names)
+    print(f"{file}" + (f": {', '.join(broken)} raised" if broken else ""))
     return 1 if broken else 0
 
 

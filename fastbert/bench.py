@@ -13,11 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from fastbert import limits
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -26,7 +23,7 @@ def quiet(what: str, done: int, of: int) -> None:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Gate:
     """Whether outputs agree with the reference, and in words how closely."""
 
     passed: bool
@@ -59,13 +56,13 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a speed table. `seconds` and all that follows from it is None when parity failed."""
+class SpeedRow:
+    """One line of a speed table. `seconds` and all that follows from it is None where parity failed."""
 
     workload: str
     engine: str
     dtype: str
-    parity: Verdict | None  # None: this row is the base that others are compared with
+    parity: Gate | None  # None: this row is the base that others are compared with
     fill: float
     texts: int
     real_tokens: int
@@ -156,7 +153,7 @@ def ratio(base: Sequence[float], ours: Sequence[float], draws: int = 2000, seed:
 
 
 def timed(
-    row: Row,
+    row: SpeedRow,
     samples: Sequence[float],
     *,
     texts: int,
@@ -165,13 +162,8 @@ def timed(
     gemm_peak: float | None,
     speedup: Ratio | None = None,
     memory_bytes: int | None = None,
-) -> Row:
-    """`row` with its speed from `samples`, in which so many texts, tokens and FLOPs were computed in all.
-
-    A row whose parity failed is returned without any speed.
-    """
-    if row.parity is not None and not row.parity.passed:
-        return silenced(row)
+) -> SpeedRow:
+    """`row` with its speed from `samples`, in which so many texts, tokens and FLOPs were computed in all."""
     seconds = summarize(samples)
     rate = flops / seconds.total
     return replace(
@@ -187,18 +179,7 @@ def timed(
     )
 
 
-def silenced(row: Row) -> Row:
-    """The row with parity's words in its note and nothing that speaks of speed."""
+def silenced(row: SpeedRow) -> SpeedRow:
+    """An untimed row with parity's words in its note."""
     words = row.parity.words if row.parity else "parity was not checked"
-    return replace(
-        row,
-        note=f"no speed: {words}",
-        seconds=None,
-        texts_per_second=None,
-        tokens_per_second=None,
-        flops_per_second=None,
-        share_of_gemm_peak=None,
-        speedup=None,
-        memory_bytes=None,
-        samples=[],
-    )
+    return replace(row, note=f"no speed: {words}")

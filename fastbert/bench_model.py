@@ -12,9 +12,11 @@ from torch import Tensor
 
 import fastbert
 from fastbert import bench, limits, workloads
-from fastbert.bench import DTYPES, Progress, Ratio, Row, Verdict, quiet
+from fastbert.bench import Gate, Progress, Ratio, SpeedRow, quiet
 from fastbert.checkpoint import load_tokenizer, text_limit, title
+from fastbert.dtypes import DTYPES
 from fastbert.limits import Dimensions
+from fastbert.models.families import position_limit
 from fastbert.provenance import provenance
 from fastbert.workloads import Batch, Batches
 
@@ -43,9 +45,9 @@ class Result:
     dimensions: Dimensions
     provenance: dict[str, Any]
     workloads: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    parity: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+    parity: dict[str, Gate] = dataclasses.field(default_factory=dict)
     limits: dict[str, Any] = dataclasses.field(default_factory=dict)
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    rows: list[SpeedRow] = dataclasses.field(default_factory=list)
     padding_doubled: list[Padding] = dataclasses.field(default_factory=list)
 
     @property
@@ -58,7 +60,7 @@ class Result:
 
 def bench_model(
     model: str,
-    parity: Callable[[str], Verdict],
+    parity: Callable[[str], Gate],
     *,
     names: Sequence[str] = ("docstrings",),
     dtypes: Sequence[str] = ("fp32", "bf16"),
@@ -96,7 +98,7 @@ def bench_model(
             again = limits.gemm_peak(dimensions, DTYPES[dtype], device)
             peak = max(peak, again, key=lambda found: found["flops_per_second"])
             result.rows += job.rows(samples, peak["flops_per_second"])
-            result.padding_doubled += job.padding_doubled(_positions(config))
+            result.padding_doubled += job.padding_doubled(position_limit(config))
         result.limits[f"gemm {dtype}"] = peak
     return result
 
@@ -107,17 +109,11 @@ def _load(model: str, dtype: torch.dtype, device: str) -> Any:
     return AutoModel.from_pretrained(model, dtype=dtype).eval().to(device)
 
 
-def _positions(config: Any) -> int:
-    """The longest sequence that the model takes: RoBERTa's positions begin after the padding id."""
-    reserved = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
-    return int(config.max_position_embeddings) - reserved
-
-
 def _plan(model: str, config: Any, name: str, max_texts: int, result: Result) -> tuple[Batches, Batches | None]:
     """The workload's batches, and the same texts in batches sorted by length."""
     real_text = workloads.get(name).texts is not None
     tokenizer = load_tokenizer(model) if real_text else None
-    longest, why = _positions(config), "the model's positions"
+    longest, why = position_limit(config), "the model's positions"
     if real_text:
         longest, why = text_limit(model, tokenizer, longest)
     make = {
@@ -190,7 +186,7 @@ class _Job:
             self.candidates(), rounds, warmup=2, device=self.device, progress=self.progress, what=what
         )
 
-    def rows(self, samples: dict[str, list[float]], gemm_peak: float) -> list[Row]:
+    def rows(self, samples: dict[str, list[float]], gemm_peak: float) -> list[SpeedRow]:
         """One row per engine; ours without speed where parity failed."""
         made = []
         for engine in (STOCK, SORTED, OURS):
@@ -216,11 +212,11 @@ class _Job:
             )
         return made
 
-    def _untimed(self, engine: str, source: Batches) -> Row:
+    def _untimed(self, engine: str, source: Batches) -> SpeedRow:
         size, ours = DTYPES[self.dtype].itemsize, engine == OURS
         cost = limits.fused_bytes if ours else limits.stock_bytes
         tokens = [b.real_tokens if ours else b.padded_tokens for b in source.batches]
-        return Row(
+        return SpeedRow(
             workload=source.workload,
             engine=engine,
             dtype=self.dtype,

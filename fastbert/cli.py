@@ -20,13 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastbert.checkpoint import MissingModel, resolve
 
 if TYPE_CHECKING:
+    from fastbert.bench import Gate
     from fastbert.bench import Progress as ShowProgress
-    from fastbert.bench import Verdict
     from fastbert.parity_models import Comparison, ParityReport
 
 PARITY_FAILED, USAGE, BROKEN = 1, 2, 3
 PLOT = Path("fastbert-bench.png")
-DTYPE_NAMES = ("fp32", "bf16", "fp16")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -45,7 +44,7 @@ def in_words(debug: bool, model: str | None = None) -> Iterator[None]:
     errors = Console(stderr=True)
     try:
         yield
-    except (typer.Exit, typer.Abort, typer.BadParameter):
+    except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
         if debug:
@@ -75,19 +74,19 @@ def bench_command(
     debug: DebugOption = False,
 ) -> None:
     """Time a model against stock HuggingFace, after checking that its numbers agree."""
-    names, dtypes = _workload_names(workload), _dtypes(dtype)
+    names, dtypes, place = _workload_names(workload), _dtypes(dtype), _device(device)
     with in_words(debug, model):
-        checkpoint, place = resolve(model), _device(device)
+        checkpoint = resolve(model)
         from fastbert import bench_model, report
 
         _quiet_transformers()
 
-        def verdict(name: str) -> Verdict:
+        def gate(name: str) -> Gate:
             return in_short(compare(checkpoint, [name], place).comparisons.values())
 
         with _progress_bar() as progress:
             result = bench_model.bench_model(
-                checkpoint, verdict, names=names, dtypes=dtypes, device=place, quick=quick, progress=progress
+                checkpoint, gate, names=names, dtypes=dtypes, device=place, quick=quick, progress=progress
             )
         out = _console(json_file)
         out.print(report.parity_summary(result))
@@ -110,9 +109,9 @@ def parity_command(
     debug: DebugOption = False,
 ) -> None:
     """Compare every hidden state, the pooled output and the logits with stock HuggingFace."""
-    dtypes = _dtypes(dtype)
+    dtypes, place = _dtypes(dtype), _device(device)
     with in_words(debug, model):
-        checkpoint, place = resolve(model), _device(device)
+        checkpoint = resolve(model)
         from fastbert import report
 
         _quiet_transformers()
@@ -149,9 +148,9 @@ def compare(
     return parity_models.run(checkpoint, dtypes, device=device, progress=progress)
 
 
-def in_short(comparisons: Iterable[Comparison]) -> Verdict:
+def in_short(comparisons: Iterable[Comparison]) -> Gate:
     """One verdict in words: the worst tensor, and why when there was no fast path to compare."""
-    from fastbert.bench import Verdict
+    from fastbert.bench import Gate
 
     found = list(comparisons)
     words = []
@@ -162,7 +161,7 @@ def in_short(comparisons: Iterable[Comparison]) -> Verdict:
         )
         worst = f"; the worst, {c.worst.tensor}, at {c.worst.ratio:.2f} of it" if c.rows else ""
         words += [how + worst] + ([] if c.fast else [f"the fast path did not run: {c.why}"])
-    return Verdict(all(c.passed for c in found), "; ".join(words))
+    return Gate(all(c.passed for c in found), "; ".join(words))
 
 
 def _workload_names(given: Sequence[str] | None) -> list[str]:
@@ -175,10 +174,12 @@ def _workload_names(given: Sequence[str] | None) -> list[str]:
 
 
 def _dtypes(given: str) -> list[str]:
+    from fastbert.dtypes import DTYPES
+
     names = [name.strip() for name in given.split(",") if name.strip()]
-    unknown = [name for name in names if name not in DTYPE_NAMES]
+    unknown = [name for name in names if name not in DTYPES]
     if unknown or not names:
-        raise typer.BadParameter(f"unknown dtype {', '.join(unknown) or '(none)'}; there are: {', '.join(DTYPE_NAMES)}")
+        raise typer.BadParameter(f"unknown dtype {', '.join(unknown) or '(none)'}; there are: {', '.join(DTYPES)}")
     return list(dict.fromkeys(names))
 
 
@@ -187,8 +188,11 @@ def _device(given: str) -> str:
 
     if given == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if given.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingModel("torch sees no CUDA device here")
+    kind, _, index = given.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdecimal() or given == kind):
+        raise typer.BadParameter(f"unknown device {given}; there are: auto, cpu, cuda, cuda:1, ...")
+    if kind == "cuda" and not (torch.cuda.is_available() and int(index or 0) < torch.cuda.device_count()):
+        raise typer.BadParameter(f"torch sees no CUDA device {index or 'here'}")
     return given
 
 

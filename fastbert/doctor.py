@@ -75,41 +75,12 @@ def transformers_names() -> dict[str, str | None]:
 
 def op_backends() -> dict[str, dict[str, dict[str, list[str]]]]:
     """Op → "device dtype" → backend, in the order they are tried → reasons why it refuses a small sample call."""
-    from fastbert import ops
+    from fastbert.dtypes import DTYPES
+    from fastbert.ops import samples
 
-    settings = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    settings = [("cpu", "fp32"), ("cpu", "bf16")]
     if torch.cuda.is_available():
-        settings += [("cuda", torch.float32), ("cuda", torch.float16), ("cuda", torch.bfloat16)]
-    found: dict[str, dict[str, dict[str, list[str]]]] = {op.name: {} for op in ops.ALL}
-    for device, dtype in settings:
-        arguments = sample_arguments(device, dtype)
-        for op in ops.ALL:
-            order = op.order(device)
-            found[op.name][f"{device} {str(dtype).removeprefix('torch.')}"] = {
-                backend.name: backend.reasons(*arguments[op.name]) for backend in order
-            }
-    return found
-
-
-def sample_arguments(device: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """For each op, the arguments of a call as BERT-base makes it: 2 sequences of 3 and 5 tokens, 12 heads of 64."""
-    tokens, hidden, inner = 8, 768, 3072
-
-    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    ids = zeros(tokens, dtype=torch.int64)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5], device=device)
-    bounds = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
-    x, gain, weight = zeros(tokens, hidden), zeros(hidden), zeros(hidden, hidden)
-    first, second, bias = zeros(inner, hidden), zeros(hidden, inner), zeros(inner)
-    return {
-        "unpad": (mask,),
-        "pad": (x, torch.arange(tokens, device=device), 2, 5),
-        "embed_layer_norm": (ids, ids, ids, weight, weight, weight, gain, gain, 1e-12),
-        "attention": (zeros(tokens, 3, 12, 64), bounds, 5, 0.125),
-        "add_layer_norm": (x, gain, x, gain, gain, 1e-12),
-        "linear": (x, weight, gain),
-        "linear_gelu": (x, first, bias),
-        "feed_forward": (x, first, bias, second, gain),
-    }
+        settings += [("cuda", "fp32"), ("cuda", "fp16"), ("cuda", "bf16")]
+    by_setting = {f"{device} {name}": samples.op_backends(device, DTYPES[name]) for device, name in settings}
+    ops = next(iter(by_setting.values()))
+    return {op: {setting: found[op] for setting, found in by_setting.items()} for op in ops}

@@ -52,10 +52,17 @@ def register_capture(model: Any) -> None:
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
 
 
-def attention_implementation(model: Any) -> str | None:
-    """What the model's config asks for: "sdpa", "eager", "flash_attention_2" …"""
-    implementation: str | None = model.config._attn_implementation
-    return implementation
+def attention_reasons(model: Any) -> list[str]:
+    """Why the attention that the model's config asks for is not the stock sdpa."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    implementation = model.config._attn_implementation
+    if implementation != "sdpa":
+        return [f"{implementation} attention was asked for, not sdpa"]
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+        return ["another attention is registered under the name sdpa"]
+    return []
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -76,9 +83,14 @@ def gelu_of(activation: Any) -> str | None:
     return None
 
 
-def _probe_config() -> None:
-    config = transformers.BertConfig()
-    _ = config._attn_implementation
+def _probe_attention() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    _ = transformers.BertConfig()._attn_implementation
+    _ = (
+        ALL_ATTENTION_FUNCTIONS["sdpa"],
+        importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward,
+    )
 
 
 def _probe_capture() -> None:
@@ -97,6 +109,6 @@ PROBES: dict[str, Callable[[], object]] = {
     "transformers.utils.output_capturing._active_collector": output_collector,
     "transformers.utils.output_capturing._CAN_RECORD_REGISTRY": _probe_capture,
     "PreTrainedModel._can_record_outputs": lambda: transformers.BertModel._can_record_outputs,
-    "PreTrainedConfig._attn_implementation": _probe_config,
+    "PreTrainedConfig._attn_implementation and ALL_ATTENTION_FUNCTIONS": _probe_attention,
     "transformers.activations.GELUActivation": lambda: gelu_of(None),
 }

@@ -30,9 +30,8 @@ class Dimensions:
     @classmethod
     def of(cls, config: Any) -> Dimensions:
         """From a BERT, RoBERTa or DistilBERT config."""
-        layers = getattr(config, "num_hidden_layers", None) or config.n_layers
         intermediate = getattr(config, "intermediate_size", None) or config.hidden_dim
-        return cls(int(layers), int(config.hidden_size), int(intermediate))
+        return cls(int(config.num_hidden_layers), int(config.hidden_size), int(intermediate))
 
 
 def encoder_flops(d: Dimensions, lengths: Iterable[int]) -> int:
@@ -91,7 +90,7 @@ def gemm_peak(
     for n, k in dict.fromkeys(((3 * h, h), (h, h), (i, h), (h, i))):
         x = torch.randn(tokens, k, device=device).to(dtype)
         weight = torch.randn(n, k, device=device).to(dtype)
-        ways: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {"F.linear": (F.linear, weight)}
+        ways: dict[str, tuple[Callable[..., Any], torch.Tensor | ops.PackedWeight]] = {"F.linear": (F.linear, weight)}
         if device == "cpu":
             ways["ops.linear packed"] = (ops.linear, ops.pack_weight(weight))
         for name, (product, w) in ways.items():

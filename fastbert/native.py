@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+MASK_DTYPES = frozenset(
+    {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+    | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+)
 LIBRARY = Path(__file__).with_name("_native.so")
 
 

@@ -30,7 +30,6 @@ ROUNDING_OFFSET = 0.3  # adding and subtracting it rounds base once more
 BINADE_ELEMENTS = 64  # a binade with fewer is judged together with the next larger one
 
 
-
 @dataclass(frozen=True)
 class Verdict:
     """What the rule says of one tensor. A ratio is measured / allowed: up to 1 passes.

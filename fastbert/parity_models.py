@@ -1,7 +1,7 @@
 """Whole models against HuggingFace by the parity rule: `fastbert parity [MODEL]`, and the gate before any timing.
 
-    report = parity_models.run(None, ["float32", "bfloat16"])         # None: the demo checkpoint; a folder, a hub id, a module
-    report.passed, report.worst, report.rows, report.as_dict(), report.table()
+    report = parity_models.run(None, ["fp32", "bf16"])     # None: the demo checkpoint; a folder, a hub id, a module
+    report.passed, report.worst, report.rows, report.as_dict()
     comparison = parity_models.compare_models(stock, inputs, torch.bfloat16)     # one dtype, inputs of one's own
 
 Three runs on the same real tokens: ref is the stock model in float64 with weights rounded to the tested dtype, base the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert import checkpoint, ops, workloads
+from fastbert.dtypes import DTYPES, dtype_name
+from fastbert.models.families import position_limit
 from fastbert.parity import judge
 
-LENGTHS = (512, 511, 128, 127, 65, 64, 63, 17, 16, 15, 1)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# At and beside tile sizes; then short rows, because outputs of one row a sequence need rows to be judged by.
+LENGTHS = (512, 511, 128, 127, 65, 64, 63, 17, 16, 15, 1, *range(2, 15))
 TOKEN_LOGITS = ("start_logits", "end_logits")  # the only [B, S] outputs; other 2-D ones are one row a sequence
 
 
@@ -38,7 +40,7 @@ class Row:
     """One tensor of one dtype. Ratios are measured / allowed (parity.Verdict); layer 0 is the embeddings' output."""
 
     tensor: str  # "hidden_states.3", "last_hidden_state", "pooler_output", "logits", ...
-    dtype: str  # "float32", ...
+    dtype: str  # "fp32", ...
     layer: int | None
     max_ratio: float
     rms_ratio: float
@@ -116,27 +118,10 @@ class ParityReport:
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
-    def table(self) -> str:
-        """One line a tensor: its max and rms ratios in each dtype, a failing one marked, then the worst."""
-        names = list(dict.fromkeys(row.tensor for row in self.rows))
-        width = max(len(name) for name in names)
-        cells = {(row.tensor, row.dtype): row for row in self.rows}
-        lines = [" " * width + "".join(f"{dtype + ' max, rms':>24}" for dtype in self.comparisons)]
-        for name in names:
-            found = [cells[name, dtype] for dtype in self.comparisons]
-            texts = [f"{row.max_ratio:.3f}, {row.rms_ratio:.3f}{'' if row.passed else ' FAIL'}" for row in found]
-            lines.append(f"{name:<{width}}" + "".join(f"{text:>24}" for text in texts))
-        worst, layer = self.worst, self.worst_layer
-        lines.append(f"worst tensor: {worst.tensor} in {worst.dtype}, {worst.ratio:.3f} of what is allowed")
-        if layer is not None:
-            lines.append(f"worst layer: {layer.layer} in {layer.dtype}, {layer.ratio:.3f} of what is allowed")
-        lines += [f"{dtype}: not on the fast path\n{c.why}" for dtype, c in self.comparisons.items() if not c.fast]
-        return "\n".join(lines)
-
 
 def run(
     model: str | nn.Module | None,
-    dtypes: Sequence[str | torch.dtype] = ("float32", "bfloat16"),
+    dtypes: Sequence[str | torch.dtype] = ("fp32", "bf16"),
     *,
     lengths: Sequence[int] = LENGTHS,
     inputs: Mapping[str, Tensor] | None = None,
@@ -147,7 +132,7 @@ def run(
 
     Args:
         model: a folder, a hub id, None for the demo checkpoint, or a module, which is copied and not changed.
-        dtypes: names ("float32", "fp32", "bfloat16", ...) or torch dtypes.
+        dtypes: names ("fp32", "bfloat16", ...) or torch dtypes.
         lengths: of the ragged batch, cut to the model's positions; its ids are real text where the checkpoint has a
             tokenizer, else random.
         inputs: keyword arguments of the forward, instead of that batch.
@@ -166,7 +151,9 @@ def run(
         say(f"loading {name}")
         stock, text = load(name), text_ids(name, sum(lengths))
     if inputs is None:
-        lengths = tuple(min(n, position_limit(stock)) for n in lengths)
+        config: Any = stock.config
+        limit = position_limit(config)
+        lengths = tuple(min(n, limit) for n in lengths)
         inputs = ragged_batch(stock, lengths, text=text)
         words = "text of the standard library's docstrings" if text else "random ids"
     else:
@@ -192,11 +179,11 @@ def compare_models(
     runs take the batch in parts of like length, which have less padding; ours is one forward.
 
     Args:
-        accelerate: makes the copy fast; default `fastbert.accelerate`.
+        accelerate: makes the copy fast; default `fastbert.accelerate` with pad rows of zeros, which are not judged.
     """
     inputs = {name: x.to(device) for name, x in inputs.items()}
     base_model = fastbert.restore(copy.deepcopy(stock)).to(device=device, dtype=dtype).eval()
-    ours_model = (accelerate or fastbert.accelerate)(copy.deepcopy(base_model))
+    ours_model = (accelerate or functools.partial(fastbert.accelerate, pad_output="zeros"))(copy.deepcopy(base_model))
     with torch.inference_mode():
         with ops.record() as calls:
             ours = collect(ours_model, inputs)
@@ -292,14 +279,6 @@ def ragged_batch(
     return inputs
 
 
-def position_limit(model: nn.Module) -> int:
-    """The longest sequence: RoBERTa's first positions, up to its padding index, are not used."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return max(LENGTHS)
-
-
 def layers(model: nn.Module) -> int:
     """The number of encoder layers that the config names."""
     config: Any = model.config
@@ -312,17 +291,16 @@ def load(name: str) -> nn.Module:
 
     config = transformers.AutoConfig.from_pretrained(name)
     architecture = (config.architectures or ["AutoModel"])[0]
-    model: nn.Module = getattr(transformers, architecture, transformers.AutoModel).from_pretrained(name, dtype=torch.float32)
+    model: nn.Module = getattr(transformers, architecture, transformers.AutoModel).from_pretrained(
+        name, dtype=torch.float32
+    )
     return model
 
 
 def text_ids(name: str, count: int) -> list[int] | None:
     """At least `count` token ids of real text by the checkpoint's tokenizer; None where it has none."""
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError):
+    tokenizer = checkpoint.load_tokenizer(name)
+    if tokenizer is None:
         return None
     texts = workloads.standard_library_docstrings(Path(sysconfig.get_paths()["stdlib"]) / "asyncio")
     ids: list[int] = []
@@ -330,16 +308,3 @@ def text_ids(name: str, count: int) -> list[int] | None:
         if len(ids) < count:
             ids += tokenizer(text)["input_ids"]
     return ids or None
-
-
-def dtype_name(dtype: str | torch.dtype) -> str:
-    """ "float32", "bfloat16" or "float16", of any spelling.
-
-    Raises:
-        ValueError: another dtype.
-    """
-    name = str(dtype).removeprefix("torch.")
-    name = SHORT_NAMES.get(name, name)
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype}; parity is judged in {', '.join(DTYPES)}")
-    return name

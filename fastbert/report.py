@@ -12,7 +12,7 @@ from fastbert.bench_model import OURS, SORTED, STOCK
 from fastbert.checkpoint import title
 
 if TYPE_CHECKING:
-    from fastbert.bench import Row
+    from fastbert.bench import SpeedRow
     from fastbert.bench_model import Result
     from fastbert.parity_models import ParityReport
 
@@ -36,7 +36,7 @@ def _speed_table(result: Result, workload: str) -> Table:
     return table
 
 
-def _figures(row: Row) -> list[str]:
+def _figures(row: SpeedRow) -> list[str]:
     fill, error = f"{row.fill:.2f}", "-" if row.relative_error is None else f"{row.relative_error:.1e}"
     if row.seconds is None:
         return ["parity failed", "-", "-", "-", fill, error, "-", "-"]
@@ -56,7 +56,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
 
 
-def _times(row: Row) -> str:
+def _times(row: SpeedRow) -> str:
     if row.engine == STOCK or row.speedup is None:
         return "1"
     if row.speedup.median is None:
@@ -97,7 +97,7 @@ def _peaks(result: Result) -> str:
     return ", ".join(f"{dtype} {value['flops_per_second'] / 1e9:,.0f} GFLOP/s" for dtype, value in found)
 
 
-def _against_sorted(result: Result, best: Row) -> str:
+def _against_sorted(result: Result, best: SpeedRow) -> str:
     rows = [r for r in result.rows if (r.workload, r.dtype, r.engine) == (best.workload, best.dtype, OURS)]
     where = f"Against HuggingFace on texts sorted by length ({best.workload}, {best.dtype})"
     if not rows or not rows[0].texts_per_second or not best.texts_per_second:
@@ -161,7 +161,8 @@ def doctor_tables(found: dict[str, Any]) -> list[Table]:
     """Machine and versions; what is missing and why; each op's backends."""
     machine, versions = found["provenance"]["machine"], found["provenance"]["versions"]
     facts = _plain("Machine")
-    facts.add_row("CPU", f"{machine['cpu']}, {machine['usable_cores']} cores, {machine['threads']} threads")
+    cores, threads = _count(machine["usable_cores"], "core"), _count(machine["threads"], "thread")
+    facts.add_row("CPU", f"{machine['cpu']}, {cores}, {threads}")
     facts.add_row("vector code", f"{machine['cpu_capability']} ({', '.join(machine['isa']) or 'no flags known'})")
     cards = [f"{c['name']} (sm_{c['capability'].replace('.', '')})" for c in machine["cuda"]]
     facts.add_row("CUDA devices", ", ".join(cards) or "none that torch sees")
@@ -204,6 +205,10 @@ def _plain(title: str) -> Table:
     return table
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _reasons(reasons: list[str] | str | None) -> str:
     words = "; ".join(reasons) if isinstance(reasons, list) else reasons
     return escape(words) if words else "[green]yes[/green]"
@@ -225,7 +230,7 @@ def plot(result: Result, path: Path) -> str | None:
         _draw_rates(left, rows, load)
         _draw_times(right, rows, load)
     machine = result.provenance["machine"]
-    on_cpu = f"{machine['cpu']}, {machine['threads']} threads"
+    on_cpu = f"{machine['cpu']}, {_count(machine['threads'], 'thread')}"
     where = machine["cuda"][0]["name"] if result.device.startswith("cuda") else on_cpu
     figure.suptitle(f"{result.title} on {where}", fontsize=13, x=0.015, ha="left", weight="bold")
     figure.tight_layout(w_pad=3, h_pad=2)
@@ -238,7 +243,7 @@ def plot(result: Result, path: Path) -> str | None:
     return None
 
 
-def _draw_rates(axis: Any, rows: list[Row], load: dict[str, Any]) -> None:
+def _draw_rates(axis: Any, rows: list[SpeedRow], load: dict[str, Any]) -> None:
     """Horizontal bars of texts per second, one group per dtype."""
     places, labels = [], []
     place = 0.0
@@ -261,7 +266,7 @@ def _draw_rates(axis: Any, rows: list[Row], load: dict[str, Any]) -> None:
     axis.tick_params(axis="y", length=0)
 
 
-def _draw_times(axis: Any, rows: list[Row], load: dict[str, Any]) -> None:
+def _draw_times(axis: Any, rows: list[SpeedRow], load: dict[str, Any]) -> None:
     """Milliseconds of each batch against its real tokens; for a single batch, of each round."""
     dtype = rows[0].dtype if rows else ""
     tokens = load["batch_real_tokens"]

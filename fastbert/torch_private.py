@@ -1,25 +1,41 @@
-"""Every private name of torch that fastbert uses, each probed once, with a public path behind it."""
+"""Every private name of torch that fastbert uses, each probed once, with a public or the stock path behind it."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Probe = TypeVar("Probe", bound=Callable[..., "str | None"])
 
-@functools.cache
+
+def probe(function: Probe) -> Probe:
+    """A cached probe that does not see the caller's inference mode, autocast, default device or default dtype."""
+
+    @functools.cache
+    def run(*args: Any) -> str | None:
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return functools.wraps(function)(run)  # type: ignore[return-value]
+
+
+@probe
 def packed_linear_refusal(dtype: torch.dtype) -> str | None:
     """Why oneDNN's packed linear cannot be used on this CPU for this dtype, in words; None: it can.
 
     Runs a small product, with erf GELU and a sum as its post-op, against the plain one.
     """
     try:
-        x, weight = torch.linspace(-3, 3, 5 * 64).view(5, 64).to(dtype), torch.eye(64).to(dtype)[:48] * 0.5
-        packed, add = pack_linear_weight(weight), torch.ones(5, 48).to(dtype)
+        x, weight = (
+            torch.linspace(-3, 3, 5 * 64, dtype=torch.float32).view(5, 64).to(dtype),
+            torch.eye(64).to(dtype)[:48] * 0.5,
+        )
+        packed, add = pack_linear_weight(weight), torch.ones(5, 48, dtype=dtype)
         got = tuple(
             y.double()
             for y in (
@@ -57,11 +73,11 @@ def packed_linear_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")  # type: ignore[no-any-return]
 
 
-@functools.cache
+@probe
 def cpu_flash_refusal(dtype: torch.dtype) -> str | None:
     """Why torch's CPU flash attention cannot be used for this dtype, in words; None: it can."""
     try:
-        query, key, value = torch.linspace(-1, 1, 3 * 2 * 5 * 8).view(3, 1, 2, 5, 8).to(dtype)
+        query, key, value = torch.linspace(-1, 1, 3 * 2 * 5 * 8, dtype=torch.float32).view(3, 1, 2, 5, 8).to(dtype)
         out, lse = cpu_flash_attention(query, key, value, 0.5)
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"torch's CPU flash attention does not run in {dtype}: {str(error).splitlines()[0]}"
@@ -79,7 +95,7 @@ def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
     )
 
 
-@functools.cache
+@probe
 def varlen_attention_refusal() -> str | None:
     """Why torch.nn.attention.varlen (new in torch 2.10) cannot be used, in words; None: it can."""
     try:
@@ -108,11 +124,30 @@ def transforms_active() -> bool:
         tracing = torch._C._is_tracing()
     except AttributeError:
         return torch.compiler.is_exporting()
-    return functorch or bool(tracing) or torch.compiler.is_exporting()
+    return functorch or bool(tracing) or forward_mode_active() or torch.compiler.is_exporting()
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode differentiation (torch.autograd.forward_ad.dual_level) is on."""
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+@probe
+def module_fields_refusal() -> str | None:
+    """Why the fields of nn.Module that the functions below read cannot be used, in words; None: they can."""
+    module = nn.Linear(1, 1)
+    fields = ("training", "_modules", "_forward_hooks", "_forward_pre_hooks")
+    lacks = [f"nn.Module.{name}" for name in fields if name not in module.__dict__]
+    hooks = torch.nn.modules.module
+    lacks += [n for n in ("_global_forward_hooks", "_global_forward_pre_hooks") if not hasattr(hooks, n)]
+    lacks += [] if hasattr(Tensor, "_version") else ["Tensor._version"]
+    return f"this torch lacks {', '.join(lacks)}" if lacks else None
 
 
 def submodules(module: nn.Module) -> list[nn.Module]:
     """All modules below `module`, itself first, in a fixed order; faster than `module.modules()`."""
+    if module_fields_refusal() is not None:
+        return list(module.modules())
     found = [module]
     for parent in found:
         found += [child for child in parent._modules.values() if child is not None]
@@ -127,7 +162,8 @@ def forward_hooks(module: nn.Module) -> list[Any]:
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is in eval mode, without forward hooks and with the forward of its class."""
     fields = module.__dict__
-    return not (fields["training"] or fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields)
+    hooks = fields.get("_forward_hooks", True) or fields.get("_forward_pre_hooks", True)
+    return not (fields.get("training", True) or hooks or "forward" in fields)
 
 
 def global_forward_hooks() -> bool:
@@ -147,5 +183,6 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "oneDNN packed linear, float16": lambda: packed_linear_refusal(torch.float16),
     "CPU flash attention, float32": lambda: cpu_flash_refusal(torch.float32),
     "CPU flash attention, bfloat16": lambda: cpu_flash_refusal(torch.bfloat16),
+    "fields of nn.Module": module_fields_refusal,
     "varlen attention (CUDA)": varlen_attention_refusal,
 }

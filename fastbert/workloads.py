@@ -88,11 +88,6 @@ class Workload:
     rows: tuple[int, ...] = ()
     texts: Callable[[], list[str]] | None = None
 
-    @property
-    def declared_fill(self) -> float | None:
-        """Real over padded tokens; None where it depends on the tokenizer."""
-        return sum(self.rows) / (len(self.rows) * self.width) if self.rows else None
-
 
 @dataclass(frozen=True)
 class Batches:

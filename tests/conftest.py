@@ -9,7 +9,7 @@ import torch
 pytest_plugins = ["fastbert.pytest_plugin"]
 pytest.register_assert_rewrite("tests.ops.common")
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(autouse=True)

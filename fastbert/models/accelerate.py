@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastbert import hf, native, ops
+from fastbert import hf
 from fastbert.models.families import AUTO_CLASSES, FAMILIES, Family
-from fastbert.models.forward import PAD_OUTPUTS, State, make_forward, model_reasons
-from fastbert.models.weights import unfuse
+from fastbert.models.forward import PAD_OUTPUTS, State, make_forward
+from fastbert.models.structure import model_reasons
+from fastbert.models.weights import MatrixCache
+from fastbert.ops import samples
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -125,34 +127,34 @@ def accelerate(model: Model, pad_output: str | None = None) -> Model:
     if not found:
         names = ", ".join(f.model for f in FAMILIES)
         raise ValueError(f"{type(model).__name__} holds no model that fastbert accelerates; it knows {names}")
-    exact = any(type(m).__name__.endswith("QuestionAnswering") for m in model.modules())
+    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    exact = any(name.endswith("QuestionAnswering") for name in kinds)
     for _, base, family in found:
-        base.__class__ = fast_class(family)
-        base._fastbert = State(pad_output or ("exact" if exact else "zeros"))
+        if type(base) is hf.stock_class(family.model):
+            base.__class__ = fast_class(family)
+        state: State = base.__dict__.setdefault("_fastbert", State("zeros"))
+        state.pad_output = pad_output or ("exact" if exact else "zeros")
+        state.cache = MatrixCache()
         if not hf.missing():
             hf.register_capture(base)
     return model
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate`: stock classes again, each parameter in memory of its own. Returns the same object."""
+    """Undoes `accelerate`: stock classes and the stock path again. Returns the same object."""
     for _, base, family in base_models(model):
         if "_fastbert" not in base.__dict__:
             continue
-        for found, *_ in base._fastbert.layers:
-            for kind in ("weight", "bias"):
-                parts = tuple(getattr(linear, kind) for linear in (found.query, found.key, found.value))
-                if all(p is not None for p in parts):
-                    unfuse(parts)
         del base._fastbert
-        base.__class__ = hf.stock_class(family.model)
+        if type(base) is fast_class(family):
+            base.__class__ = hf.stock_class(family.model)
     return model
 
 
-def inference_reasons(base: nn.Module, state: State) -> list[str]:
+def inference_reasons(base: nn.Module, state: State, family: Family) -> list[str]:
     """Why a base model, as it is now, runs the stock path even without gradients."""
     with torch.no_grad():
-        return model_reasons(base, state)
+        return model_reasons(base, state.structure_of(base), family)
 
 
 @dataclass(frozen=True)
@@ -180,17 +182,23 @@ class BaseExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `accelerate` did to a model: which path each base model takes and why, and which backend runs each op."""
+    """What `accelerate` did to a model: which path each base model takes and why, and which backend runs each op.
+
+    Args:
+        models: one for each base model inside.
+        backends: op → backend in order of choice → why it refuses a typical call; empty: it takes it.
+    """
 
     models: list[BaseExplanation]
-    backends: dict[str, list[str]]
+    backends: dict[str, dict[str, list[str]]]
 
     def __str__(self) -> str:
         lines = [str(model) for model in self.models]
-        lines += ["ops, backends in order of choice:"]
-        lines += [f"  {op}: {', '.join(names)}" for op, names in self.backends.items()]
-        if native.refuse("cpu"):
-            lines += [f"native library: {'; '.join(native.refuse('cpu'))}"]
+        lines.append("which backend runs an op on the fast path:")
+        for op, backends in self.backends.items():
+            taker = next((name for name, reasons in backends.items() if not reasons), "none")
+            refused = [f"{name}: {'; '.join(reasons)}" for name, reasons in backends.items() if reasons]
+            lines.append(f"  {op}: {taker}" + (f" (not {' | '.join(refused)})" if refused else ""))
         return "\n".join(lines)
 
 
@@ -200,21 +208,21 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         ValueError: nothing in `model` was accelerated.
     """
-    found = [(name, base) for name, base, _ in base_models(model) if "_fastbert" in base.__dict__]
+    found = [entry for entry in base_models(model) if "_fastbert" in entry[1].__dict__]
     if not found:
         raise ValueError(f"nothing in {type(model).__name__} was accelerated: call fastbert.accelerate on it first")
     explanations = []
-    for name, base in found:
+    for name, base, family in found:
         state: State = base._fastbert
         explanations.append(
             BaseExplanation(
                 name=name,
                 model=type(base).__name__,
-                reasons=inference_reasons(base, state),
+                reasons=inference_reasons(base, state, family),
                 calls=dict(state.calls),
                 pad_output=state.pad_output,
                 packed_bytes=state.cache.nbytes(),
             )
         )
-    device = next(found[0][1].parameters()).device.type
-    return Explanation(explanations, {op.name: [b.name for b in op.order(device)] for op in ops.ALL})
+    word = found[0][1].embeddings.word_embeddings.weight
+    return Explanation(explanations, samples.op_backends(str(word.device), word.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,9 @@ class Family:
         model: name of the base class in transformers.
         heads: names of the classes that put a head on it.
         layers: path of the list of layers.
-        query … norm2: paths inside a layer; `attention` holds the number of heads under the name `heads_name`.
+        attention … norm2: paths inside a layer; `attention` holds `attention_head_size`.
         positions: "arange" (0, 1, …) or "after_padding" (pad_token_id + 1, … counted over ids that are no pad).
-        token_types: whether its embeddings have token types.
+        tables: names of its embeddings' tables.
         pooler: whether the base model may have a pooler.
     """
 
@@ -25,7 +26,6 @@ class Family:
     heads: tuple[str, ...]
     layers: str = "encoder.layer"
     attention: str = "attention.self"
-    heads_name: str = "num_attention_heads"
     query: str = "attention.self.query"
     key: str = "attention.self.key"
     value: str = "attention.self.value"
@@ -36,8 +36,12 @@ class Family:
     w2: str = "output.dense"
     norm2: str = "output.LayerNorm"
     positions: str = "arange"
-    token_types: bool = True
+    tables: tuple[str, ...] = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     pooler: bool = True
+
+    def linears(self) -> tuple[str, ...]:
+        """The paths of a layer's nn.Linear modules."""
+        return self.query, self.key, self.value, self.out, self.w1, self.w2
 
 
 BERT = Family(
@@ -69,7 +73,6 @@ DISTILBERT = Family(
     ),
     layers="transformer.layer",
     attention="attention",
-    heads_name="n_heads",
     query="attention.q_lin",
     key="attention.k_lin",
     value="attention.v_lin",
@@ -79,11 +82,18 @@ DISTILBERT = Family(
     activation="ffn.activation",
     w2="ffn.lin2",
     norm2="output_layer_norm",
-    token_types=False,
+    tables=("word_embeddings", "position_embeddings"),
     pooler=False,
 )  # fmt: skip
 
 FAMILIES: tuple[Family, ...] = (BERT, ROBERTA, DISTILBERT)
+
+
+def position_limit(config: Any) -> int:
+    """The longest sequence, in tokens, that a model of this config takes."""
+    after_padding = any(f.name == config.model_type and f.positions == "after_padding" for f in FAMILIES)
+    return int(config.max_position_embeddings) - (config.pad_token_id + 1 if after_padding else 0)
+
 
 AUTO_CLASSES = (
     "AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedLM", "AutoModelForCausalLM",

@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from fastbert import hf, layers, ops, torch_private
 from fastbert.layers import Packing
 from fastbert.models.families import Family
-from fastbert.models.structure import state_reasons, structure_reasons
-from fastbert.models.weights import LayerModules, MatrixCache, at, layer_modules, read_layer
+from fastbert.models.structure import Structure, examine, model_reasons
+from fastbert.models.weights import MatrixCache, read_layer
 
 logger = logging.getLogger("fastbert")
 
+INDICES = ("input_ids", "position_ids", "token_type_ids")  # in the order of Family.tables
 PAD_OUTPUTS = ("zeros", "exact")
-FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 STEP_ASIDE_ARGUMENTS = (
     "encoder_hidden_states", "encoder_attention_mask", "past_key_values", "is_causal", "softcap", "position_bias",
     "cache", "debug_io", "head_mask",
+    # names of HuggingFace's inner functions, which raise when they are given twice
+    "module", "hidden_states", "query", "key", "value", "dropout", "scaling",
 )  # fmt: skip
 
 
@@ -41,51 +43,23 @@ class State:
         self.pad_output = pad_output
         self.cache = MatrixCache()
         self.calls: Counter[str] = Counter()  # "" = fast, else the reason for the stock path
-        self.modules: list[nn.Module] = []
-        self.types: list[type] = []
-        self.pooler: set[nn.Module] = set()
-        self.layers: list[tuple[LayerModules, int, float, str]] = []
-        self.structure: list[str] = []
+        self.structure: Structure | None = None
 
     def __reduce__(self) -> tuple[type[State], tuple[str]]:
         return State, (self.pad_output,)
+
+    def structure_of(self, model: nn.Module) -> Structure:
+        """What the model is made of; looked at again if one of its modules, types or forwards has changed."""
+        family, structure = family_of(model), self.structure
+        if structure is None or not structure.fits(model, family):
+            structure = self.structure = examine(model, family)
+        return structure
 
 
 def family_of(model: Any) -> Family:
     """The family of an accelerated base model."""
     family: Family = type(model).fastbert_family
     return family
-
-
-def refresh(model: Any, state: State) -> None:
-    """Looks at the modules again if one of them was replaced or has changed its class."""
-    modules = torch_private.submodules(model)
-    types = [type(m) for m in modules]
-    if modules == state.modules and types == state.types:
-        return
-    family = family_of(model)
-    state.structure = structure_reasons(model, family)
-    state.layers = []
-    if not state.structure:
-        for layer in at(model, family.layers):
-            found = layer_modules(layer, family)
-            heads = int(getattr(found.attention, family.heads_name))
-            scale = float(getattr(found.attention, "scaling", (found.query.out_features // heads) ** -0.5))
-            state.layers.append((found, heads, scale, hf.gelu_of(found.activation) or ""))
-    pooler = getattr(model, "pooler", None)
-    state.pooler = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
-    state.modules, state.types = modules, types
-
-
-def model_reasons(model: Any, state: State) -> list[str]:
-    """Why the model, as it is now, runs the stock path whatever it is called with."""
-    refresh(model, state)
-    reasons = state.structure + state_reasons(state.modules, model, state.pooler)
-    if (implementation := hf.attention_implementation(model) if not hf.missing() else "sdpa") != "sdpa":
-        reasons = [*reasons, f"{implementation} attention was asked for, not sdpa"]
-    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
-        reasons = [*reasons, "gradients are wanted, which the fast path has not yet: use torch.no_grad()"]
-    return reasons
 
 
 def call_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
@@ -112,6 +86,10 @@ def shape_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
     if 0 in shape:
         return [f"the batch is empty: {list(shape)}"]
     reasons = []
+    if type(given) is not Tensor:
+        reasons.append(f"the input is {type(given).__name__}, not a plain tensor")
+    if given.device != model.embeddings.word_embeddings.weight.device:
+        reasons.append(f"the input is on {given.device}, the model is not")
     if embeds is not None and torch.is_grad_enabled() and embeds.requires_grad:
         reasons.append("gradients are wanted of inputs_embeds")
     if embeds is not None and embeds.dtype != model.embeddings.word_embeddings.weight.dtype:
@@ -124,19 +102,47 @@ def shape_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
         reasons.append(f"token_type_ids has shape {list(types.shape)}, not {list(shape)}")
     if positions is not None and tuple(positions.shape) not in (shape, (1, shape[1])):
         reasons.append(f"position_ids has shape {list(positions.shape)}, not {list(shape)}")
-    if flattened and (shape[0] != 1 or mask is not None):
-        reasons.append("cu_seq_lens_q was given with a mask or with more than one row")
+    reasons += flattened_reasons(inputs, shape)
     table = model.embeddings.position_embeddings.num_embeddings
-    if positions is not None and positions.device.type == "cpu" and int(positions.max()) >= table:
-        reasons.append(f"position_ids reach past the table of {table}")
+    for name, rows, rows_of in zip(INDICES, (ids, positions, types), family_of(model).tables, strict=False):
+        reasons += index_reasons(name, rows, getattr(model.embeddings, rows_of).num_embeddings)
     if not flattened and positions is None and shape[1] > table - first_position(model):
         reasons.append(f"sequences of {shape[1]} tokens are longer than the position table allows")
     return reasons
 
 
+def index_reasons(name: str, rows: Tensor | None, size: int) -> list[str]:
+    """Why a tensor cannot index a table of `size` rows; values are looked at on a CPU only."""
+    if rows is None:
+        return []
+    if rows.dtype not in (torch.int64, torch.int32):
+        return [f"{name} is {rows.dtype}, not int64 or int32"]
+    if rows.device.type == "cpu":
+        low, high = rows.aminmax()
+        if int(low) < 0 or int(high) >= size:
+            return [f"{name} reaches outside its table of {size} rows"]
+    return []
+
+
+def flattened_reasons(inputs: dict[str, Any], shape: tuple[int, ...]) -> list[str]:
+    """Why flattened input [1, T] with cu_seq_lens_q cannot be taken as packed sequences."""
+    bounds, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
+    if bounds is None:
+        return []
+    if shape[0] != 1 or inputs.get("attention_mask") is not None:
+        return ["cu_seq_lens_q was given with a mask or with more than one row"]
+    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.numel() < 2 or bounds.is_floating_point():
+        return ["cu_seq_lens_q is not a tensor [B+1] of integers"]
+    if bounds.device.type == "cpu":
+        lengths = bounds.diff()
+        if bounds[0] != 0 or bounds[-1] != shape[1] or lengths.min() < 0 or (longest and lengths.max() > int(longest)):
+            return ["cu_seq_lens_q does not cut the row from its start to its end"]
+    return []
+
+
 def first_position(model: Any) -> int:
     """The position of a sequence's first token."""
-    return model.config.pad_token_id + 1 if family_of(model).positions == "after_padding" else 0
+    return int(model.embeddings.padding_idx) + 1 if family_of(model).positions == "after_padding" else 0
 
 
 def pack_inputs(inputs: dict[str, Any], state: State) -> tuple[Packing | None, str]:
@@ -152,7 +158,7 @@ def pack_inputs(inputs: dict[str, Any], state: State) -> tuple[Packing | None, s
     if mask is None:
         return layers.pack_dense(batch, length, given.device), ""
     mask = mask.to(given.device)
-    if not bool((mask[:, 0] != 0).all()):
+    if not bool(mask[:, 0].to(torch.bool).all()):
         return None, "column 0 of a row is masked (left padding or an empty row), and pad rows are read there"
     packing = layers.pack_mask(mask)
     if packing.indices is not None and state.pad_output == "exact":
@@ -172,9 +178,10 @@ def position_ids(model: Any, inputs: dict[str, Any], packing: Packing) -> Tensor
         starts = torch.repeat_interleave(packing.cu_seqlens[:-1], packing.cu_seqlens.diff(), output_size=length)
         return torch.arange(length, device=device) - starts + first
     if first and ids is not None:
-        real = ids != model.config.pad_token_id
-        return packing.pack(real.cumsum(1) * real + model.config.pad_token_id)
-    return packing.pack(torch.arange(first, first + length, device=device).expand(batch, length))
+        real = ids != first - 1
+        return packing.pack(real.cumsum(1) * real + first - 1)
+    row = torch.arange(first, first + length, device=device) if first else model.embeddings.position_ids[0, :length]
+    return packing.pack(row.expand(batch, length))
 
 
 def embed(model: Any, inputs: dict[str, Any], packing: Packing) -> Tensor:
@@ -186,33 +193,32 @@ def embed(model: Any, inputs: dict[str, Any], packing: Packing) -> Tensor:
     else:
         words = inputs["inputs_embeds"].flatten(0, 1)
         ids = packing.indices if packing.indices is not None else torch.arange(words.shape[0], device=words.device)
-    types = type_table = None
-    if family_of(model).token_types:
-        types, type_table = inputs.get("token_type_ids"), tables.token_type_embeddings.weight.detach()
-        types = torch.zeros_like(ids) if types is None else packing.pack(types)
     positions = position_ids(model, inputs, packing)
+    types = type_table = None
+    if "token_type_embeddings" in family_of(model).tables:
+        types, type_table = inputs.get("token_type_ids"), tables.token_type_embeddings.weight
+        types = tables.token_type_ids[0].index_select(0, positions) if types is None else packing.pack(types)
     norm = tables.LayerNorm
     x: Tensor = ops.embed_layer_norm(
-        ids, types, positions, words.detach(), type_table, tables.position_embeddings.weight.detach(),
-        norm.weight.detach(), norm.bias.detach(), norm.eps,
+        ids, types, positions, words, type_table, tables.position_embeddings.weight,
+        norm.weight, norm.bias, norm.eps,
     )  # fmt: skip
     return x
 
 
-def compute_dtype(model: Any, device: str) -> torch.dtype:
-    """The dtype of the products: autocast's, if it is on, else the model's."""
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    dtype: torch.dtype = model.embeddings.word_embeddings.weight.dtype
-    return dtype
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the products on x: autocast's, if it is on, else x's. Autocast leaves float64 alone."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
-def run(model: Any, state: State, inputs: dict[str, Any], packing: Packing) -> Any:
+def run(model: Any, structure: Structure, cache: MatrixCache, inputs: dict[str, Any], packing: Packing) -> Any:
     """The fast path: HuggingFace's output class from declared ops only; the pooler is HuggingFace's module."""
     with torch.no_grad():
         x = embed(model, inputs, packing)
-        dtype = compute_dtype(model, x.device.type)
-        stack = (read_layer(*found, f"layer.{i}", state.cache, dtype) for i, found in enumerate(state.layers))
+        dtype = compute_dtype(x)
+        stack = (read_layer(layer, f"layer.{i}", cache, dtype) for i, layer in enumerate(structure.layers))
         wanted = inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
         hidden = [packing.unpack(x)] if wanted else []
         for output in layers.encode(x, stack, packing, dtype):
@@ -249,9 +255,14 @@ def make_forward(stock: type[Any]) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch_private.transforms_active():
             return stock.forward(self, *args, **kwargs)
-        state: State = self._fastbert
+        state: State | None = self.__dict__.get("_fastbert")
+        if state is None:  # a user's subclass of ours, after `restore`
+            return stock.forward(self, *args, **kwargs)
+        if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+            return stock.forward(self, *args, **kwargs)  # which raises
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        packing, reasons = None, model_reasons(self, state) or call_reasons(self, inputs)
+        structure = state.structure_of(self)
+        packing, reasons = None, model_reasons(self, structure, family_of(self)) or call_reasons(self, inputs)
         if not reasons:
             packing, reason = pack_inputs(inputs, state)
             reasons = [reason]
@@ -259,7 +270,7 @@ def make_forward(stock: type[Any]) -> Any:
         if packing is None:
             warn_once(reasons)
             return stock.forward(self, *args, **kwargs)
-        output = run(self, state, inputs, packing)
+        output = run(self, structure, state.cache, inputs, packing)
         as_tuple = inputs.get("return_dict", getattr(self.config, "return_dict", True)) is False
         return output.to_tuple() if as_tuple else output
 

@@ -1,6 +1,6 @@
 """The ops that the fast path computes with. Each is declared once in `declare.py` and specified in `reference.py`."""
 
-from fastbert.ops.builtins import pack_weight
+from fastbert.ops.builtins import pack_weight, packs
 from fastbert.ops.declare import (
     ALL,
     add_layer_norm,
@@ -13,10 +13,10 @@ from fastbert.ops.declare import (
     unpad,
 )
 from fastbert.ops.packed import PackedWeight
-from fastbert.ops.registry import BACKENDS, Backend, BackendRefused, Call, Op, forced_backends, record, use_backend
+from fastbert.ops.registry import BACKENDS, Backend, BackendRefused, Call, Op, record, use_backend
 
 __all__ = [
     "ALL", "BACKENDS", "Backend", "BackendRefused", "Call", "Op", "PackedWeight", "add_layer_norm", "attention",
-    "embed_layer_norm", "feed_forward", "forced_backends", "linear", "linear_gelu", "pack_weight", "pad", "record",
+    "embed_layer_norm", "feed_forward", "linear", "linear_gelu", "pack_weight", "packs", "pad", "record",
     "unpad", "use_backend",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ where `torch_private` finds them; elsewhere by the plain built-ins.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,13 @@ from fastbert import torch_private as private
 from fastbert.ops.packed import PackedWeight
 from fastbert.ops.reference import keep_mask, keep_scale, statistics_dtype
 
-SUMMED_COLUMNS = 768  # oneDNN sums a row's products one after the other: over more of them fp32 breaks the parity rule
+SUMMED_COLUMNS = 192  # oneDNN adds products one after the other: over more of them fp32 is less exact than MKL
+FEW_ROWS, FEW_COLUMNS = 3, 512  # up to here MKL adds in another order, and is more exact still
+BLOCK_ROWS = 512  # of [T, N] sums that should stay in a CPU's cache
 
 
 def unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
-    real = mask != 0
+    real = mask.to(torch.bool)
     cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return real.flatten().nonzero().flatten(), cu_seqlens
 
@@ -115,12 +118,17 @@ def add_layer_norm(
     return y.to(residual.dtype), mean.squeeze(1), rstd.squeeze(1)
 
 
+def packs(device: str, dtype: torch.dtype) -> bool:
+    """Whether `pack_weight` copies weights of this dtype on this type of device."""
+    return device == "cpu" and private.packed_linear_refusal(dtype) is None
+
+
 def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
     """weight [N, K] as this backend multiplies fastest with it: a packed copy on a CPU, else itself.
 
     In fp32 the copy is split into ranges of at most SUMMED_COLUMNS columns.
     """
-    if weight.device.type != "cpu" or weight.numel() == 0 or private.packed_linear_refusal(weight.dtype):
+    if weight.numel() == 0 or not packs(weight.device.type, weight.dtype):
         return weight.detach()
     columns = weight.shape[1]
     count = -(-columns // SUMMED_COLUMNS) if weight.dtype == torch.float32 else 1
@@ -128,12 +136,33 @@ def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
     return PackedWeight(tuple(private.pack_linear_weight(part) for part in torch.split(weight, width, 1)))
 
 
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, columns: int) -> Tensor:
+    """function(x) [T, columns] of x [T, K], in blocks of rows."""
+    out = x.new_empty(x.shape[0], columns)
+    for rows, block in zip(torch.split(x, BLOCK_ROWS), torch.split(out, BLOCK_ROWS), strict=True):
+        block.copy_(function(rows))
+    return out
+
+
+def is_summed(weight: Tensor | PackedWeight) -> bool:
+    """Whether products with this weight are sums of several products."""
+    return isinstance(weight, PackedWeight) and len(weight.parts) > 1
+
+
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, PackedWeight):
         return F.linear(x, weight, bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    bias = None if bias is None else bias.contiguous()
+    if is_summed(weight) and x.shape[0] > BLOCK_ROWS:
+        return by_rows(lambda rows: linear(rows, weight, bias), x, weight.shape[0])
+    if weight.dtype == torch.float32 and x.shape[0] <= FEW_ROWS and x.shape[1] < FEW_COLUMNS:
+        return linear_of_few_rows(x, weight, bias)
+    return sum_of_parts(x, weight, None if bias is None else bias.contiguous())
+
+
+def sum_of_parts(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x [T, K] → x·weightᵀ + bias [T, N], the parts' products added from left to right."""
     pieces = torch.split(x, weight.parts[0].shape[1], 1)
     y = private.packed_linear(pieces[0], weight.parts[0], bias)
     for piece, part in zip(pieces[1:], weight.parts[1:], strict=True):
@@ -141,17 +170,34 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
     return y
 
 
+def linear_of_few_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x [T, K] → x·weightᵀ + bias [T, N], from products over stripes of columns, added up in float64.
+
+    Each stripe stands in a row of its own, zero elsewhere: one product reads the weight once.
+    """
+    columns = x.shape[1]
+    width = 32 if columns < 256 else 64
+    stripe = torch.arange(columns) // width
+    own = stripe == torch.arange(int(stripe[-1]) + 1)[:, None]  # [stripes, K]
+    rows = torch.where(own, x[:, None], 0.0)  # [T, stripes, K]
+    y = sum_of_parts(rows.flatten(0, 1), weight, None).view(*rows.shape[:2], -1).double().sum(1)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
 def linear_gelu(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, approximate: str = "none"
 ) -> Tensor:
     parts = weight.parts if isinstance(weight, PackedWeight) else ()
-    if len(parts) == 1 and approximate == "none" and x.shape[0]:  # oneDNN's tanh is off by 5e-3 where GELU is small
-        return private.packed_linear_gelu(x, parts[0], None if bias is None else bias.contiguous())
-    return F.gelu(linear(x, weight, bias), approximate=approximate)
+    if len(parts) == 1 and approximate == "none" and x.shape[0] > FEW_ROWS:
+        bias = None if bias is None else bias.contiguous()
+        return private.packed_linear_gelu(x, parts[0], bias)
+    return F.gelu(linear(x, weight, bias), approximate=approximate)  # oneDNN's tanh is off by 5e-3 where GELU is small
 
 
 def feed_forward(
     x: Tensor, w1: Tensor | PackedWeight, b1: Tensor | None, w2: Tensor | PackedWeight, b2: Tensor | None,
     approximate: str = "none",
 ) -> Tensor:  # fmt: skip
+    if (is_summed(w1) or is_summed(w2)) and x.shape[0] > BLOCK_ROWS:
+        return by_rows(lambda rows: feed_forward(rows, w1, b1, w2, b2, approximate), x, w2.shape[0])
     return linear(linear_gelu(x, w1, b1, approximate), w2, b2)

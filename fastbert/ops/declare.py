@@ -14,9 +14,11 @@ from fastbert.ops.reference import statistics_dtype
 from fastbert.ops.registry import Backend, Op
 
 
-def declare(name: str, schema: str, fake: Any, check: Any, refuse: Any = None) -> Op:
-    """An op with the two backends that every op has. `refuse` says what neither of them can do."""
+def declare(name: str, schema: str, fake: Any, check: Any, refuse: Any = None, first: tuple[Backend, ...] = ()) -> Op:
+    """An op with the two backends that every op has, tried after those of `first`; `refuse`: what neither can do."""
     op = Op(name, schema, fake, check)
+    for backend in first:
+        op.add(backend)
     op.add(Backend("torch", getattr(builtins, name), refuse))
     op.add(Backend("reference", getattr(reference, name), refuse))
     return op
@@ -68,12 +70,20 @@ def fake_unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refuse_native_unpad(mask: Tensor) -> list[str]:
-    return native.refuse(mask.device.type)
+    reasons = native.refuse(mask.device.type)
+    return (
+        reasons if mask.dtype in native.MASK_DTYPES else [*reasons, f"the native unpad takes no mask of {mask.dtype}"]
+    )
 
 
-unpad = declare("unpad", "(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)", fake_unpad, check_unpad)
-for _name in ("cpu", "cuda"):
-    unpad.add(Backend(_name, native.unpad, refuse_native_unpad, devices=(_name,)))
+unpad = declare(
+    "unpad",
+    "(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)",
+    fake_unpad,
+    check_unpad,
+    first=(Backend("cpu", native.unpad, refuse_native_unpad, devices=("cpu",)),),
+)
+unpad.add(Backend("cuda", native.unpad, refuse_native_unpad, devices=("cuda",)))  # unmeasured: behind "torch"
 
 # pad
 

@@ -25,7 +25,7 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 
 def unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
     """mask [B, S], nonzero = real → indices [T] int64 into B·S, cu_seqlens [B+1] int32."""
-    real = mask != 0
+    real = mask.to(torch.bool)
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens[1:] = real.sum(1).cumsum(0)
     return real.flatten().nonzero().flatten(), cu_seqlens

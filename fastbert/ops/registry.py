@@ -7,12 +7,15 @@ or refuses it with reasons in words. The first backend of the order for the call
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+NO_BACKWARD = "fastbert.ops.{} has no backward yet: call it under torch.no_grad() or torch.inference_mode()"
 
 _library = torch.library.Library("fastbert", "DEF")  # type: ignore[no-untyped-call]
 
@@ -40,9 +43,12 @@ class Backend:
     refuse: Callable[..., list[str]] | None = None
     devices: tuple[str, ...] = ()
 
-    def reasons(self, *args: Any, **kwargs: Any) -> list[str]:
+    def reasons(self, *args: Any) -> list[str]:
         """All reasons, in words, why this backend cannot take the call; empty: it can."""
-        return self.refuse(*args, **kwargs) if self.refuse is not None else []
+        device = args[0].device.type
+        if self.devices and device not in self.devices:
+            return [f"it runs on {' and '.join(self.devices)}, not on {device}"]
+        return self.refuse(*args) if self.refuse is not None else []
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ class Op:
         _library.define(f"{self.name}{self.schema}")  # type: ignore[no-untyped-call]
         _library.impl(self.name, self.dispatch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"fastbert::{self.name}", self.fake, lib=_library)
+        torch.library.register_autograd(f"fastbert::{self.name}", self.no_backward, lib=_library)
+
+    def no_backward(self, *args: Any) -> None:
+        """The backward of the op as torch.ops.fastbert knows it."""
+        raise NotImplementedError(NO_BACKWARD.format(self.name))
 
     def add(self, backend: Backend) -> None:
         """Adds a backend behind those there; `reference`, the specification, is always tried last."""
@@ -101,38 +112,40 @@ class Op:
         return tuple(self.backends[name] for name in names if name in self.backends)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            bound = inspect.signature(self.backends["reference"].run).bind(*args, **kwargs)
+            bound.apply_defaults()
+            args = bound.args
         if torch.compiler.is_compiling():
-            return getattr(torch.ops.fastbert, self.name)(*args, **kwargs)
+            return getattr(torch.ops.fastbert, self.name)(*args)
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            raise NotImplementedError(
-                f"fastbert.ops.{self.name} has no backward yet: call it under torch.no_grad() or torch.inference_mode()"
-            )
-        return self.dispatch(*args, **kwargs)
+            raise NotImplementedError(NO_BACKWARD.format(self.name))
+        return self.dispatch(*args)
 
-    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
+    def dispatch(self, *args: Any) -> Any:
         """Runs the call on the first candidate that accepts it, in the dtypes of its inputs (autocast is off)."""
         device = args[0].device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self.dispatch(*args, **kwargs)
-        if wrong := self.check(*args, **kwargs):
+                return self.dispatch(*args)
+        if wrong := self.check(*args):
             raise ValueError(f"fastbert.ops.{self.name}: {'; '.join(wrong)}")
         for backend in self.candidates(device):
-            if backend.refuse is None or not backend.refuse(*args, **kwargs):
+            if not backend.reasons(*args):
                 calls = _recording.get()
                 if calls is not None:
                     shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
                     calls.append(Call(self.name, backend.name, shapes))
-                return backend.run(*args, **kwargs)
-        raise BackendRefused(self.explain(*args, **kwargs))
+                return backend.run(*args)
+        raise BackendRefused(self.explain(*args))
 
-    def explain(self, *args: Any, **kwargs: Any) -> str:
+    def explain(self, *args: Any) -> str:
         """In words, why no candidate takes this call."""
         device = args[0].device.type
         names = _forced.get()
         lines = [f"fastbert.ops.{self.name}: no backend takes this call on {device}"]
         for backend in self.candidates(device):
-            lines += [f"  {backend.name}: {reason}" for reason in backend.reasons(*args, **kwargs)]
+            lines += [f"  {backend.name}: {reason}" for reason in backend.reasons(*args)]
         absent = [name for name in names or () if name not in self.backends]
         lines += [f"  {name}: not a backend of this op (it has {', '.join(self.backends)})" for name in absent]
         return "\n".join(lines)
@@ -171,8 +184,3 @@ def record() -> Iterator[list[Call]]:
         yield calls
     finally:
         _recording.reset(token)
-
-
-def forced_backends() -> Sequence[str] | None:
-    """The names given to `use_backend` in this context, or None."""
-    return _forced.get()

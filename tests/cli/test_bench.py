@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, DistilBertConfig
 
 from fastbert import bench, limits
-from fastbert.bench import Ratio, Row, Verdict
+from fastbert.bench import Gate, Ratio, SpeedRow
 from fastbert.limits import Dimensions
 
 BASE = Dimensions(layers=12, hidden=768, intermediate=3072)
@@ -77,7 +77,7 @@ def test_ratio_wants_pairs():
 
 
 def row(parity):
-    return Row("w", "fastbert", "fp32", parity, 0.5, 8, 100, 200, 1000, 50, relative_error=1e-3)
+    return SpeedRow("w", "fastbert", "fp32", parity, 0.5, 8, 100, 200, 1000, 50, relative_error=1e-3)
 
 
 def timed(parity):
@@ -88,7 +88,7 @@ def timed(parity):
 
 
 def test_speed_from_samples():
-    found = timed(Verdict(True, "fine"))
+    found = timed(Gate(True, "fine"))
     assert found.seconds.median == 0.5
     assert found.texts_per_second == 12.0
     assert found.tokens_per_second == 150.0
@@ -98,8 +98,8 @@ def test_speed_from_samples():
     assert (found.speedup, found.memory_bytes) == (Ratio(2.0), 7)
 
 
-def test_a_row_without_parity_has_no_speed():
-    found = timed(Verdict(False, "layer 3 is off"))
+def test_a_silenced_row_has_no_speed():
+    found = bench.silenced(row(Gate(False, "layer 3 is off")))
     silent = (
         "seconds", "texts_per_second", "tokens_per_second", "flops_per_second", "share_of_gemm_peak", "speedup",
         "memory_bytes",

@@ -1,16 +1,21 @@
+import dataclasses
 import json
 import re
 
 import pytest
+import torch
+import transformers
 from typer.testing import CliRunner
 
 import fastbert
-from fastbert import bench_model, checkpoint, cli, parity_models
-from fastbert.bench import Verdict
+from fastbert import bench_model, checkpoint, cli, dtypes, ops, parity_models, report
+from fastbert.bench import Gate
 from fastbert.bench_model import OURS, SORTED, STOCK
+from fastbert.models.families import position_limit
+from fastbert.ops import samples
 
 run = CliRunner().invoke
-FAST, SLOW = Verdict(True, "within the bound"), Verdict(False, "layer 1 is off")
+FAST, SLOW = Gate(True, "within the bound"), Gate(False, "layer 1 is off")
 
 
 def shorten(patch, docstrings):
@@ -92,8 +97,8 @@ def test_a_dtype_without_parity_has_no_speed(tiny, short):
 
 
 def test_forwards_on_the_stock_path_are_told(tiny, short, monkeypatch):
-    def hooked(model):
-        fastbert.models.accelerate.accelerate(model)
+    def hooked(model, **options):
+        fastbert.models.accelerate.accelerate(model, **options)
         model.encoder.layer[0].register_forward_hook(lambda *a: None)
         return model
 
@@ -172,22 +177,37 @@ def test_parity_command(tiny, tmp_path):
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["passed"] is True
     tensors = {(row["tensor"], row["dtype"]) for row in found["rows"]}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("fp32", "bf16"):
         assert {("hidden_states.0", dtype), ("hidden_states.2", dtype), ("pooler_output", dtype)} <= tensors
     for words in ("last_hidden_state", "pooler_output", "Worst tensor", "Worst layer", "pass"):
         assert words in done.stdout
 
 
+def test_parity_without_a_tokenizer_is_on_random_ids(tiny, tmp_path):
+    """transformers makes a tokenizer without words of a folder that has none: its text would be three ids."""
+    transformers.BertModel.from_pretrained(tiny).save_pretrained(tmp_path)
+    found = parity_models.run(str(tmp_path), ["fp32"], lengths=(5, 3))
+    assert found.inputs == "random ids"
+    assert parity_models.run(str(tiny), ["bfloat16"], lengths=(5, 3)).inputs.startswith("text of")
+
+
+def test_parity_notes_name_the_worst_and_a_path_that_did_not_run(tiny):
+    found = parity_models.run(str(tiny), ["fp32"], lengths=(5, 3))
+    assert any(f"Worst tensor: {found.worst.tensor} in fp32" in line for line in report.parity_notes(found))
+    (comparison,) = found.comparisons.values()
+    slow = dataclasses.replace(comparison, fast=False, why="column 0 of a row is masked")
+    lines = report.parity_notes(dataclasses.replace(found, comparisons={"fp32": slow}))
+    assert "fp32: the fast path did not run. column 0 of a row is masked" in lines
+
+
 def planted(monkeypatch):
     """Makes the accelerated model wrong: its last LayerNorm has a gain 1.05 times too large."""
-    import torch
-
     real = fastbert.models.accelerate.accelerate
 
-    def wrong(model):
+    def wrong(model, **options):
         with torch.no_grad():
             model.encoder.layer[-1].output.LayerNorm.weight.mul_(1.05)
-        return real(model)
+        return real(model, **options)
 
     monkeypatch.setattr(fastbert, "accelerate", wrong, raising=False)
 
@@ -216,10 +236,43 @@ def test_doctor_command(tmp_path):
     assert set(found["native"]) == {"cpu", "cuda"}
     assert "attention" in found["ops"]
     for by_setting in found["ops"].values():
-        assert {"torch", "reference"} <= set(by_setting["cpu float32"])
-        assert by_setting["cpu float32"]["reference"] == []  # the specification takes every sample call
+        assert {"torch", "reference"} <= set(by_setting["cpu fp32"])
+        assert by_setting["cpu fp32"]["reference"] == []  # the specification takes every sample call
     for words in ("oneDNN packed linear", "native library, cpu", "triton", "attention", "torch: yes"):
         assert words in done.stdout
+
+
+def test_op_backends_obey_use_backend_and_give_reasons(monkeypatch):
+    found = samples.op_backends("cpu")
+    assert [*found] == [op.name for op in ops.ALL]
+    assert found["linear"] == {"torch": [], "reference": []}
+    refusing = dataclasses.replace(ops.linear.backends["torch"], refuse=lambda *call: ["not today"])
+    monkeypatch.setitem(ops.linear.backends, "torch", refusing)
+    monkeypatch.setattr(ops.linear, "_order", {})
+    assert samples.op_backends("cpu")["linear"] == {"torch": ["not today"], "reference": []}
+    with ops.use_backend("reference"):
+        assert samples.op_backends("cpu")["linear"] == {"reference": []}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])
+def test_a_dtype_has_one_name(dtype):
+    assert dtypes.dtype_name(dtype) == "bf16"
+    with pytest.raises(ValueError, match=r"unknown dtype torch\.int8; there are: fp32, bf16, fp16"):
+        dtypes.dtype_name(torch.int8)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("bert", 60), ("roberta", 58), ("distilbert", 60)])
+def test_the_position_limit_is_where_stock_models_end(family, limit):
+    config = transformers.AutoConfig.for_model(family, max_position_embeddings=60, vocab_size=99, num_hidden_layers=1)
+    assert position_limit(config) == limit
+    model, ids = transformers.AutoModel.from_config(config), torch.full((1, limit + 1), 5)
+    model(ids[:, 1:])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(ids)
+
+
+def test_counts_are_words():
+    assert (report._count(1, "thread"), report._count(2, "thread")) == ("1 thread", "2 threads")
 
 
 def test_doctor_gives_reasons_in_words(monkeypatch):
@@ -252,9 +305,11 @@ def test_doctor_survives_a_broken_part(monkeypatch):
         (["--dtype", "fp64"], "unknown dtype fp64"),
         (["--dtype", ","], "unknown dtype"),
         (["--device", "cuda"], "torch sees no CUDA device"),
+        (["--device", "gpu"], "unknown device gpu"),
+        (["--device", "cuda:x"], "unknown device cuda:x"),
         (["--nonsense"], "No such option"),
     ],
-    ids=["folder", "dtype", "no-dtype", "device", "option"],
+    ids=["folder", "dtype", "no-dtype", "no-card", "device", "card", "option"],
 )
 def test_usage_errors_exit_2_in_words(command, arguments, words, tiny, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

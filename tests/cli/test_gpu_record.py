@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -66,20 +67,64 @@ def test_a_part_that_raises_is_recorded_and_the_next_runs(tmp_path, monkeypatch,
     assert "out of luck" in capsys.readouterr().err
 
 
+def off(call, backend):
+    return False, "off"
+
+
 def test_a_backend_without_parity_is_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_record, "agree", lambda *a: (False, "off"))
+    """Also where the part that reports parity is left out."""
+    monkeypatch.setattr(stock, "verdict", off)
+    gpu_record.main(["--out", str(tmp_path), "--device", "cpu", "--dry-run", "--only", "ops"])
+    found = [row for row in lines(tmp_path) if row["part"] == "ops" and "op" in row]
+    assert {row["backend"] for row in found if "seconds" in row} == {"stock"}
+    silent = {row["op"] for row in found if row.get("note") == "no speed: parity failed: off"}
+    assert silent == set(stock.ALL)
+
+
+def test_parity_is_asked_once_for_each_call_of_each_case(tmp_path, monkeypatch):
+    asked = []
+    verdict = stock.verdict
+
+    def counted(call, backend):
+        asked.append((call.op, backend, call.arguments[0].shape, call.arguments[-1]))
+        return verdict(call, backend)
+
+    monkeypatch.setattr(stock, "verdict", counted)
+    monkeypatch.setattr(gpu_record, "TINY_CASES", (cases.TINY_CASES[0], cases.CPU_CASES[0]))
     gpu_record.main(["--out", str(tmp_path), "--device", "cpu", "--dry-run", "--only", "parity,ops"])
-    timed = {r["backend"] for r in lines(tmp_path) if r["part"] == "ops" and "seconds" in r}
-    assert timed == {"stock"}
+    found = [r for r in lines(tmp_path) if r["part"] == "parity" and "passed" in r]
+    assert len(asked) == len(found) == len({(r["op"], r["case"], r["dtype"], r["backend"]) for r in found})
+    assert {r["case"] for r in found} == {"tiny", "minilm-query"}
 
 
-def test_agree_sees_a_wrong_number():
-    x = torch.randn(64, 64)
-    assert gpu_record.agree(x, x.double(), x)[0]
-    assert not gpu_record.agree(x * 1.01, x.double(), x)[0]
-    ids = torch.arange(4), torch.arange(3)
-    assert gpu_record.agree(ids, ids, ids)[0]
-    assert not gpu_record.agree((ids[0], ids[1] + 1), ids, ids)[0]
+def call_of(op, case=cases.TINY_CASES[0], dtype=torch.float32):
+    return cases.op_calls(case, dtype, "cpu")[op]()
+
+
+@pytest.mark.parametrize("op", stock.ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_verdict_passes_what_is_right(op, dtype):
+    passed, words = stock.verdict(call_of(op, dtype=dtype), "torch")
+    assert passed, words
+
+
+@pytest.mark.parametrize(
+    ("op", "output"),
+    [("attention", 0), ("attention", 1), ("add_layer_norm", 0), ("add_layer_norm", 1), ("add_layer_norm", 2),
+     ("linear", 0), ("unpad", 0), ("unpad", 1)],
+)  # fmt: skip
+def test_verdict_judges_every_output(op, output, monkeypatch):
+    backend = getattr(ops, op).backends["torch"]
+
+    def wrong(*arguments):
+        found = list(stock.outputs(backend.run(*arguments)))
+        found[output] = found[output] + (1 if op == "unpad" else 0.01)
+        return tuple(found) if len(found) > 1 else found[0]
+
+    monkeypatch.setitem(getattr(ops, op).backends, "torch", dataclasses.replace(backend, run=wrong))
+    passed, words = stock.verdict(call_of(op), "torch")
+    assert not passed
+    assert words.startswith(f"output {output}")
 
 
 def test_says_so_without_a_cuda_device(tmp_path, monkeypatch, capsys):
@@ -90,6 +135,17 @@ def test_says_so_without_a_cuda_device(tmp_path, monkeypatch, capsys):
         gpu_record.main(["--out", str(tmp_path), "--device", "cuda"])
     assert stopped.value.code == 2
     assert "--device cpu" in capsys.readouterr().err
+
+
+def test_a_dry_run_needs_no_folder_and_a_record_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert gpu_record.main(["--dry-run", "--device", "cpu", "--only", "provenance"]) == 0
+    (file,) = tmp_path.glob("gpu_record-*/record.jsonl")
+    assert str(file) in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        gpu_record.main(["--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "--out DIR is needed" in capsys.readouterr().err
 
 
 def test_unknown_part_is_refused(tmp_path, capsys):
@@ -104,9 +160,10 @@ def test_stock_forms_are_the_ops(op):
     with ops.use_backend("reference"):
         expected = call.run()
     got = stock.ALL[op](*stock.plain(call.arguments))
-    pairs = zip(got, expected, strict=True) if op == "unpad" else [(got, expected)]
-    for g, e in pairs:
-        torch.testing.assert_close(g, e if isinstance(e, torch.Tensor) else e[0])
+    every = stock.EVERY_OUTPUT[op](*stock.plain(call.arguments))
+    for g, e in zip(stock.outputs(every), stock.outputs(expected), strict=True):
+        torch.testing.assert_close(g, e)
+    assert torch.equal(stock.outputs(got)[0], stock.outputs(every)[0])  # what is timed is what is judged
 
 
 def test_costs_of_a_layers_ops_add_up_to_the_encoders():

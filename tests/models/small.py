@@ -8,7 +8,7 @@ from torch import nn
 
 import fastbert
 from fastbert.models.families import FAMILIES
-from fastbert.parity import enliven
+from fastbert.parity import enliven, judge
 
 CONFIGS = {
     "bert": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96},
@@ -16,7 +16,6 @@ CONFIGS = {
     "distilbert": {"n_layers": 2, "dim": 64, "n_heads": 4, "hidden_dim": 96},
 }
 VOCABULARY, LONGEST, LABELS = 99, 48, 3
-FAMILY_NAMES = tuple(family.name for family in FAMILIES)
 HEADS = [(family.name, head) for family in FAMILIES for head in family.heads]
 BASES = [(family.name, family.model) for family in FAMILIES]
 
@@ -58,9 +57,22 @@ def batch(family: str, lengths: tuple[int, ...] = (33, 1, 16, 7), width: int | N
     return inputs
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """The base model inside a model with a head (or itself)."""
-    return model.base_model
+def assert_parity(expected: nn.Module, model: nn.Module, **inputs: torch.Tensor) -> None:
+    """Judges the outputs of two base models by the parity rule; both run in the caller's context (autocast).
+
+    `expected` gives the stock result, and in float64 the reference.
+    """
+    base, ours = expected(**inputs), model(**inputs)
+    mask = inputs.get("attention_mask")
+    real = torch.ones(base[0].shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
+    wide = {k: v.double() if v.is_floating_point() and k == "inputs_embeds" else v for k, v in inputs.items()}
+    with torch.autocast("cpu", enabled=False):
+        ref = copy.deepcopy(expected).double()(**wide)
+    verdict = judge(ours[0][real], ref[0][real], base[0][real])
+    assert verdict.passed, verdict
+    if base.get("pooler_output") is not None:
+        verdict = judge(ours.pooler_output, ref.pooler_output, base.pooler_output)
+        assert verdict.passed, f"pooled: {verdict}"
 
 
 def reasons(model: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import fastbert
 from fastbert import hf
-from tests.models.small import batch, pair, reasons, stock
+from tests.models.small import BASES, HEADS, assert_parity, batch, pair, reasons, stock
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
@@ -39,6 +40,19 @@ def inputs():
 
 
 CALLS = {
+    "embeddings of another dtype": (
+        lambda i: {"inputs_embeds": torch.zeros(2, 3, 64, dtype=torch.bfloat16)},
+        "inputs_embeds is torch.bfloat16, the model is not",
+    ),
+    "encoder states": (
+        lambda i: dict(i, encoder_hidden_states=torch.zeros(4, 3, 64)),
+        "encoder_hidden_states was given",
+    ),
+    "a softcap of nothing": (lambda i: dict(i, head_mask=torch.ones(1)), "head_mask was given"),
+    "token types for one row": (
+        lambda i: dict(i, token_type_ids=i["token_type_ids"][:1]),
+        r"token_type_ids has shape \[1, 33\]",
+    ),
     "left padding": (
         lambda i: dict(i, attention_mask=i["attention_mask"].flip(1), input_ids=i["input_ids"].flip(1)),
         "column 0 of a row is masked",
@@ -71,16 +85,42 @@ def test_a_call_that_asks_for_something_else(case, bert, inputs):
 
 
 REJECTED = {
-    "3-D mask": lambda i: dict(i, attention_mask=i["attention_mask"].unsqueeze(1).expand(-1, 33, -1)),
-    "ids and embeddings": lambda i: dict(i, inputs_embeds=torch.zeros(4, 33, 64)),
-    "neither": lambda i: {},
-    "longer than the table": lambda i: {"input_ids": torch.ones(1, 60, dtype=torch.long)},
-    "id past the vocabulary": lambda i: {"input_ids": torch.full((1, 4), 1000)},
-    "position past the table": lambda i: {
-        "input_ids": torch.ones(1, 4, dtype=torch.long),
-        "position_ids": torch.full((1, 4), 99),
-    },
-    "mask of another width": lambda i: dict(i, attention_mask=i["attention_mask"][:, :5]),
+    "3-D mask": (
+        lambda i: dict(i, attention_mask=i["attention_mask"].unsqueeze(1).expand(-1, 33, -1)),
+        "attention_mask is not a tensor [4, 33]",
+    ),
+    "mask of another width": (
+        lambda i: dict(i, attention_mask=i["attention_mask"][:, :5]),
+        "attention_mask is not a tensor [4, 33]",
+    ),
+    "ids and embeddings": (lambda i: dict(i, inputs_embeds=torch.zeros(4, 33, 64)), "not exactly one of input_ids"),
+    "neither": (lambda i: {}, "not exactly one of input_ids"),
+    "an empty batch": (lambda i: {k: v[:0] for k, v in i.items()}, "the batch is empty: [0, 33]"),
+    "longer than the table": (
+        lambda i: {"input_ids": torch.ones(1, 60, dtype=torch.long)},
+        "sequences of 60 tokens are longer than the position table allows",
+    ),
+    "id past the vocabulary": (
+        lambda i: {"input_ids": torch.full((1, 4), 1000)},
+        "input_ids reaches outside its table of 99 rows",
+    ),
+    "an id of -100 at a masked position": (
+        lambda i: dict(i, input_ids=i["input_ids"] - 100 * (1 - i["attention_mask"])),
+        "input_ids reaches outside its table",
+    ),
+    "position past the table": (
+        lambda i: {"input_ids": torch.ones(1, 4, dtype=torch.long), "position_ids": torch.full((1, 4), 99)},
+        "position_ids reaches outside its table of 50 rows",
+    ),
+    "a token type past its table": (
+        lambda i: dict(i, token_type_ids=i["token_type_ids"] + 1),
+        "token_type_ids reaches outside its table of 2 rows",
+    ),
+    "ids of int16": (
+        lambda i: dict(i, input_ids=i["input_ids"].to(torch.int16)),
+        "input_ids is torch.int16, not int64 or int32",
+    ),
+    "an inner argument": (lambda i: dict(i, scaling=1.0), "scaling was given"),
 }
 
 
@@ -88,11 +128,52 @@ REJECTED = {
 @torch.no_grad()
 def test_what_huggingface_rejects_is_rejected(case, bert, inputs):
     expected, model = bert
-    call = REJECTED[case](inputs)
+    change, reason = REJECTED[case]
+    call = change(inputs)
     with pytest.raises(Exception) as theirs:
         expected(**call)
     with pytest.raises(theirs.type):
         model(**call)
+    assert reason in last_reason(model)
+
+
+@torch.no_grad()
+def test_a_cache_is_huggingfaces_affair(bert, inputs):
+    expected, model = bert
+    a, b = (m(**inputs, past_key_values=transformers.DynamicCache()).last_hidden_state for m in (expected, model))
+    assert torch.equal(a, b) and "past_key_values was given" in last_reason(model)
+
+
+@torch.no_grad()
+def test_nothing_is_computed_while_an_outer_model_captures(bert, inputs):
+    from transformers.utils.output_capturing import _active_collector
+
+    expected, model = bert
+    token = _active_collector.set({"attentions": []})
+    try:
+        same_as_stock(expected, model, **inputs)
+    finally:
+        _active_collector.reset(token)
+    assert last_reason(model) == "an outer model captures outputs"
+
+
+@torch.no_grad()
+def test_arguments_given_twice_or_too_many_are_rejected(bert, inputs):
+    for model in bert:
+        with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+            model(inputs["input_ids"], input_ids=inputs["input_ids"])
+        with pytest.raises(TypeError, match=r"positional arguments|multiple values"):
+            model(*[None] * 20)
+
+
+@torch.no_grad()
+def test_the_pad_id_of_the_config_does_not_move_positions():
+    expected, model = pair("RobertaModel", "roberta")
+    inputs = batch("roberta")
+    for pad in (0, None):
+        for m in (expected, model):
+            m.config.pad_token_id = pad
+        assert_parity(expected, model, **inputs)
 
 
 def replace_linear(model):
@@ -118,7 +199,7 @@ def hook(model):
 
 def relu(model):
     for layer in model.encoder.layer:
-        layer.intermediate.intermediate_act_fn = nn.ReLU()
+        layer.intermediate.intermediate_act_fn = nn.ReLU().eval()
 
 
 def callable_activation(model):
@@ -132,14 +213,19 @@ def dropout_on(model):
     model.encoder.layer[0].output.dropout.train()
 
 
+def becomes_a_decoder(model):
+    model.config.is_decoder = True
+
+
 MODELS = {
+    "a config that becomes a decoder's": (becomes_a_decoder, "the model is a decoder"),
     "a subclass of Linear": (replace_linear, "encoder.layer.1.attention.self.query is"),
     "a replaced forward": (replace_forward, "the forward of encoder.layer.0 was replaced"),
     "an offloaded module": (offload, "encoder.layer.0.output.dense is offloaded"),
     "a user's hook on a layer": (hook, "a forward hook is set on encoder.layer.1"),
-    "another activation": (relu, "is ReLU, not an erf or tanh GELU"),
-    "a callable activation": (callable_activation, "layer 1: the activation is tanh, not a GELU"),
-    "dropout switched on in one module": (dropout_on, "a part of the model is in training mode"),
+    "another activation": (relu, "the activation is ReLU, not an erf or tanh GELU"),
+    "a callable activation": (callable_activation, "the activation is tanh, not an erf or tanh GELU"),
+    "dropout switched on in one module": (dropout_on, "encoder.layer.0.output.dropout is in training mode"),
     "eager attention": (lambda m: m.set_attn_implementation("eager"), "eager attention was asked for, not sdpa"),
 }
 
@@ -160,7 +246,7 @@ CONFIGS = {
     "a decoder": ({"is_decoder": True}, "the model is a decoder"),
     "cross-attention": ({"is_decoder": True, "add_cross_attention": True}, "the model has cross-attention"),
     "chunks": ({"chunk_size_feed_forward": 11}, "chunk_size_feed_forward is 11"),
-    "relu": ({"hidden_act": "relu"}, "is ReLU, not an erf or tanh GELU"),
+    "relu": ({"hidden_act": "relu"}, "the activation is ReLU, not an erf or tanh GELU"),
     "relative positions": ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
 }
 
@@ -208,7 +294,7 @@ def test_frozen_models_are_fast_with_gradients_enabled(bert, inputs):
 
 
 @torch.no_grad()
-def test_an_outer_model_that_captures_outputs(inputs):
+def test_encoder_and_decoder(inputs):
     encoder, decoder = (
         stock("BertModel", "bert"),
         stock("BertLMHeadModel", "bert", is_decoder=True, add_cross_attention=True),
@@ -245,14 +331,10 @@ def test_masks_of_any_dtype_holes_and_no_mask(bert, inputs):
     expected, model = bert
     mask = inputs["attention_mask"].clone()
     mask[0, 5:9] = 0
-    real = mask == 1
-    want = expected(**dict(inputs, attention_mask=mask)).last_hidden_state[real]
-    for dtype in (torch.bool, torch.uint8, torch.int32, torch.float32, torch.float16, torch.float64):
-        for scale in (1, -3) if dtype not in (torch.bool, torch.uint8) else (1,):
-            got = model(**dict(inputs, attention_mask=(mask * scale).to(dtype))).last_hidden_state[real]
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    ids = inputs["input_ids"]
-    torch.testing.assert_close(model(ids).last_hidden_state, expected(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+    for dtype in (torch.bool, torch.uint8, torch.uint16, torch.int32, torch.float32, torch.float16, torch.float64):
+        for scale in (1, -3) if dtype not in (torch.bool, torch.uint8, torch.uint16) else (1,):
+            assert_parity(expected, model, **dict(inputs, attention_mask=(mask * scale).to(dtype)))
+    assert_parity(expected, model, input_ids=inputs["input_ids"])
     assert reasons(model) == [""]
 
 
@@ -281,9 +363,8 @@ def test_autocast_gives_the_dtypes_of_huggingface(dtype, bert, inputs):
     expected, model = bert
     with torch.autocast("cpu", dtype):
         a, b = expected(**inputs), model(**inputs)
-    real = inputs["attention_mask"] == 1
+        assert_parity(expected, model, **inputs)
     assert b.last_hidden_state.dtype == a.last_hidden_state.dtype and b.pooler_output.dtype == a.pooler_output.dtype
-    assert (a.last_hidden_state[real] - b.last_hidden_state[real]).norm() < 0.02 * a.last_hidden_state[real].norm()
     full = model(**inputs).last_hidden_state
     assert full.dtype == torch.float32 and not torch.equal(full, b.last_hidden_state)
     assert reasons(model) == [""]
@@ -311,9 +392,7 @@ def test_no_weight_is_ever_stale(edit, which, bert, inputs):
     model(**inputs)
     for m in (expected, model):
         edit(m.encoder.layer[1].get_submodule(which).weight)
-    real = inputs["attention_mask"] == 1
-    a, b = expected(**inputs).last_hidden_state, model(**inputs).last_hidden_state
-    torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-4)
+    assert_parity(expected, model, **inputs)
     assert reasons(model) == [""]
 
 
@@ -325,9 +404,7 @@ def test_biases_and_norms_are_read_at_every_call(bert, inputs):
         for parameter in m.parameters():
             if parameter.dim() == 1:
                 parameter.data[3:5] += 0.5
-    real = inputs["attention_mask"] == 1
-    a, b = expected(**inputs).last_hidden_state, model(**inputs).last_hidden_state
-    torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-4)
+    assert_parity(expected, model, **inputs)
 
 
 def test_optimizer_steps_and_load_state_dict_are_seen(bert, inputs):
@@ -338,48 +415,26 @@ def test_optimizer_steps_and_load_state_dict_are_seen(bert, inputs):
         optimizer = torch.optim.AdamW(m.parameters(), lr=0.05)
         m(**inputs).last_hidden_state[:, 0].square().sum().backward()
         optimizer.step()
-    real = inputs["attention_mask"] == 1
     with torch.no_grad():
-        a, b = expected(**inputs).last_hidden_state[real], model(**inputs).last_hidden_state[real]
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        expected.load_state_dict(model.state_dict())  # the two runs' gradients differ by rounding
+        assert_parity(expected, model, **inputs)
         fresh = stock("BertModel", "bert")
         model.load_state_dict(fresh.state_dict())
-        a, b = fresh(**inputs).last_hidden_state[real], model(**inputs).last_hidden_state[real]
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert_parity(fresh, model, **inputs)
 
 
 @torch.no_grad()
 def test_a_model_moved_to_another_dtype(bert, inputs):
     expected, model = bert
     model(**inputs)
-    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):
         expected.to(dtype), model.to(dtype)
-        a, b = expected(**inputs).last_hidden_state, model(**inputs).last_hidden_state
-        assert a.dtype == b.dtype == dtype
-        real = inputs["attention_mask"] == 1
-        assert (a - b)[real].double().norm() <= (0.02 if dtype == torch.bfloat16 else 1e-2) * a[real].double().norm()
-    assert reasons(model) == [""]
-
-
-@torch.no_grad()
-def test_queries_keys_and_values_become_views_where_nothing_is_packed(bert, inputs, monkeypatch):
-    from fastbert.models import weights
-
-    expected, model = bert
-    monkeypatch.setattr(weights, "keeps_copies", lambda weight, dtype: False)
-    attention = model.encoder.layer[0].attention.self
-    parts = [attention.query.weight, attention.key.weight, attention.value.weight]
-    out = model(**inputs).last_hidden_state
-    assert all(a is b.weight for a, b in zip(parts, (attention.query, attention.key, attention.value), strict=True))
-    assert len({p.untyped_storage().data_ptr() for p in parts}) == 1
+        assert model(**inputs).last_hidden_state.dtype == dtype
+        assert_parity(expected, model, **inputs)
     real = inputs["attention_mask"] == 1
-    torch.testing.assert_close(out[real], expected(**inputs).last_hidden_state[real], rtol=1e-4, atol=1e-4)
-    for m in (expected, model):
-        m.encoder.layer[0].attention.self.value.weight.data.mul_(2)
-    a, b = expected(**inputs).last_hidden_state, model(**inputs).last_hidden_state
-    torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-4)
-    fastbert.restore(model)
-    assert len({p.untyped_storage().data_ptr() for p in parts}) == 3
+    a, b = (m.double()(**inputs).last_hidden_state[real] for m in (expected, model))
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # the rule has no reference above float64
+    assert reasons(model) == [""]
 
 
 @torch.no_grad()
@@ -447,24 +502,34 @@ def test_threads_give_the_serial_answer(bert):
         assert torch.equal(got[index], want)
 
 
-@torch.no_grad()
-def test_nearly_all_eligible_forwards_are_fast(inputs):
-    """Every dtype, head and shape that is eligible runs fast: counted over all of them."""
-    from tests.models.small import BASES, HEADS
+ELIGIBLE = {
+    "padded": lambda i: i,
+    "no mask": lambda i: {k: v for k, v in i.items() if k != "attention_mask"},
+    "a mask of bool": lambda i: dict(i, attention_mask=i["attention_mask"].bool()),
+    "ids of int32": lambda i: dict(i, input_ids=i["input_ids"].int()),
+    "hidden states": lambda i: dict(i, output_hidden_states=True),
+    "a tuple": lambda i: dict(i, return_dict=False),
+}
+LENGTHS = ((33, 1, 16, 7), (1,), (16, 16), (48,), (2, 3, 5, 7, 11))
 
-    fast = total = 0
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_eligible_forwards_are_fast(dtype):
+    """The share of fast forwards over every family, head and kind of call that is eligible: at least 95%."""
+    calls = Counter()
     for family, name in BASES + HEADS:
-        if any(word in name for word in ("LMHead", "CausalLM", "QuestionAnswering")):
-            continue  # decoders, and heads that keep pad rows exact: not eligible, asserted elsewhere
+        if "LMHead" in name or "CausalLM" in name:
+            continue  # decoders are not eligible
         _, model = pair(name, family)
-        for lengths in ((33, 1, 16, 7), (1,), (16, 16), (48,), (2, 3, 5, 7, 11)):
-            call = batch(family, lengths)
-            if "MultipleChoice" in name:
-                call = {k: v.unsqueeze(0) for k, v in call.items()}
-            model(**call)
-            model(**call, output_hidden_states=True)
-            total += 2
-        calls = fastbert.explain(model).models[0].calls
-        fast += calls.get("", 0)
-        assert set(calls) == {""}, (name, calls)
-    assert fast >= 0.95 * total and total == 170
+        model.to(dtype)
+        for kind, change in ELIGIBLE.items():
+            for lengths in LENGTHS:
+                if "QuestionAnswering" in name and kind != "no mask" and len(set(lengths)) > 1:
+                    continue  # its pad rows are kept exact
+                call = batch(family, lengths)
+                if "MultipleChoice" in name:
+                    call = {k: v.unsqueeze(0) for k, v in call.items()}
+                model(**change(call))
+        calls.update(fastbert.explain(model).models[0].calls)
+    assert calls[""] >= 0.95 * calls.total() > 400, calls

@@ -21,7 +21,9 @@ from tests.ops.common import (  # noqa: F401
 
 def test_hidden_dropout_is_refused_in_words(backend):
     x, ones = torch.ones(3, 4, device=backend.device), torch.ones(4, device=backend.device)
-    with pytest.raises(ops.BackendRefused, match="hidden dropout p = 0.1 needs the op dropout_bits, which no backend has"):
+    with pytest.raises(
+        ops.BackendRefused, match=r"hidden dropout p = 0\.1 needs the op dropout_bits, which no backend has"
+    ):
         backend(SPEC, (x, None, x, ones, ones, 1e-12, 0.1))
 
 

@@ -38,14 +38,18 @@ def test_dropout_by_hand(dtype, backend):
         for head in range(heads):
             for i in range(start, start + length):
                 query = rows[i][0][head]
-                scores = [sum(a * b for a, b in zip(query, rows[start + j][1][head], strict=True)) / 3 for j in range(length)]
+                scores = [
+                    sum(a * b for a, b in zip(query, rows[start + j][1][head], strict=True)) / 3 for j in range(length)
+                ]
                 total = sum(math.exp(s) for s in scores)
                 for j, score in enumerate(scores):
                     if keep[head, i, j]:
                         value = torch.tensor(rows[start + j][2][head], dtype=torch.float64)
                         expected[i, head] += math.exp(score) / total / (1 - p) * value
         start += length
-    arguments = cast((qkv, torch.tensor([0, 33, 35], dtype=torch.int32), 33, 1 / 3, bits.int(), p), dtype, backend.device)
+    arguments = cast(
+        (qkv, torch.tensor([0, 33, 35], dtype=torch.int32), 33, 1 / 3, bits.int(), p), dtype, backend.device
+    )
     out, _ = backend(SPEC, arguments)
     largest = expected.abs().max().item()
     torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=8 * STEPS[str(dtype)[6:]] * largest)
@@ -77,6 +81,9 @@ def test_an_upper_bound_for_max_seqlen_is_enough(dtype, backend, parity):
     cu_seqlens = torch.tensor([0, 17, 20], dtype=torch.int32)
     exact, bound = (qkv, cu_seqlens, 17, 0.2), (qkv, cu_seqlens, 64, 0.2)
     ours = backend(SPEC, cast(bound, dtype, backend.device))
-    ref, base = SPEC.reference(*cast(cast(exact, dtype), torch.float64)), SPEC.stock(*cast(exact, dtype, backend.device))
+    ref, base = (
+        SPEC.reference(*cast(cast(exact, dtype), torch.float64)),
+        SPEC.stock(*cast(exact, dtype, backend.device)),
+    )
     for i, output in enumerate(SPEC.outputs):
         parity(ours[i].cpu(), ref[i], base[i].cpu(), name=f"attention/{backend}/{output}/bound")

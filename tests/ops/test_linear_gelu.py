@@ -7,6 +7,7 @@ from fastbert import ops
 from tests.ops.cases import LINEAR_GELU as SPEC
 from tests.ops.cases import cast, gelu_inputs, linear_gelu_stock
 from tests.ops.common import (  # noqa: F401
+    arguments_of,
     test_a_gradient_is_refused_in_words,
     test_dtypes_and_shapes,
     test_gradcheck_of_the_reference,
@@ -18,7 +19,6 @@ from tests.ops.common import (  # noqa: F401
     test_reruns_are_bitwise_equal,
     test_strided_inputs,
 )
-from tests.ops.common import arguments_of
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -60,7 +60,7 @@ def test_strided_rows(backend):
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"indices has shape \[2\], expected \[3\]"):
         ops.pad(torch.ones(3, 4), torch.tensor([0, 1]), 2, 2)
-    with pytest.raises(ValueError, match="indices is torch.float32, expected int64 or int32"):
+    with pytest.raises(ValueError, match=r"indices is torch\.float32, expected int64 or int32"):
         ops.pad(torch.ones(3, 4), torch.ones(3), 2, 2)
 
 

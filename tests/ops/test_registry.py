@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastbert import ops
-from fastbert.ops import Backend
+from fastbert.ops import Backend, registry
 
 X, W = torch.ones(2, 8), torch.ones(4, 8)
 
@@ -53,9 +53,9 @@ def test_every_op_is_a_torch_op_too():
 @pytest.mark.parametrize("names", [("reference",), ("torch",), ("triton", "reference"), ("reference", "torch")])
 def test_a_forced_backend_runs(names):
     with ops.use_backend(*names):
-        assert ops.forced_backends() == names
+        assert registry._forced.get() == names
         assert backend_of_a_call() == [next(n for n in names if n in ops.linear.backends)]
-    assert ops.forced_backends() is None
+    assert registry._forced.get() is None
 
 
 def test_the_inner_choice_holds_and_ends():
@@ -75,7 +75,7 @@ def test_the_choice_ends_with_an_exception():
 def test_another_thread_keeps_its_own_choice():
     seen = []
     with ops.use_backend("reference"), ops.record() as calls:
-        thread = threading.Thread(target=lambda: seen.extend([ops.forced_backends(), *backend_of_a_call()]))
+        thread = threading.Thread(target=lambda: seen.extend([registry._forced.get(), *backend_of_a_call()]))
         thread.start()
         thread.join()
         assert backend_of_a_call() == ["reference"]
@@ -97,7 +97,10 @@ def test_an_unknown_backend_is_named(names, words):
 
 
 def test_a_backend_that_the_op_lacks_is_refused():
-    with ops.use_backend("triton"), pytest.raises(ops.BackendRefused, match=r"no backend takes this call on cpu") as caught:
+    with (
+        ops.use_backend("triton"),
+        pytest.raises(ops.BackendRefused, match=r"no backend takes this call on cpu") as caught,
+    ):
         ops.linear(X, W)
     assert "triton: not a backend of this op (it has torch, reference)" in str(caught.value)
 

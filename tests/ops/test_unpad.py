@@ -75,7 +75,12 @@ def test_negative_zero_is_padding_and_nan_is_real(backend):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
 def test_strided_masks(dtype, backend):
     mask = right_padded((3, 17, 1, 9)).to(dtype)
-    views = {"every second": mask[:, ::2], "transposed": mask.T, "expanded": mask[:1].expand(5, -1), "inner": mask[1:3, 2:9]}
+    views = {
+        "every second": mask[:, ::2],
+        "transposed": mask.T,
+        "expanded": mask[:1].expand(5, -1),
+        "inner": mask[1:3, 2:9],
+    }
     for view in views.values():
         assert run(backend, view) == by_hand(view != 0)
 
