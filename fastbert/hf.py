@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+OFFLOADED = "_hf_hook"  # the attribute by which the library accelerate marks a module that it moves between devices
+
 
 @functools.cache
 def missing() -> tuple[str, ...]:
@@ -67,7 +69,7 @@ def attention_reasons(model: Any) -> list[str]:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether the library accelerate has hooked this module, to move its weights or inputs between devices."""
-    return "_hf_hook" in module.__dict__
+    return OFFLOADED in module.__dict__
 
 
 def gelu_of(activation: Any) -> str | None:

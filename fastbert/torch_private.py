@@ -136,7 +136,7 @@ def forward_mode_active() -> bool:
 def module_fields_refusal() -> str | None:
     """Why the fields of nn.Module that the functions below read cannot be used, in words; None: they can."""
     module = nn.Linear(1, 1)
-    fields = ("training", "_modules", "_forward_hooks", "_forward_pre_hooks")
+    fields = ("training", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
     lacks = [f"nn.Module.{name}" for name in fields if name not in module.__dict__]
     hooks = torch.nn.modules.module
     lacks += [n for n in ("_global_forward_hooks", "_global_forward_pre_hooks") if not hasattr(hooks, n)]
@@ -159,11 +159,25 @@ def forward_hooks(module: nn.Module) -> list[Any]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module is in eval mode, without forward hooks and with the forward of its class."""
-    fields = module.__dict__
-    hooks = fields.get("_forward_hooks", True) or fields.get("_forward_pre_hooks", True)
-    return not (fields.get("training", True) or hooks or "forward" in fields)
+def unusual(modules: tuple[nn.Module, ...], mark: str) -> list[nn.Module]:
+    """Those modules that train, have forward hooks, a forward of their own, or an attribute named `mark`."""
+    found = []
+    for module in modules:
+        fields = module.__dict__
+        if (
+            fields.get("training", True)
+            or fields.get("_forward_hooks", True)
+            or fields.get("_forward_pre_hooks", True)
+            or "forward" in fields
+            or mark in fields
+        ):
+            found.append(module)
+    return found
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """An attribute of a module, a parameter most likely; faster than getattr."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def global_forward_hooks() -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastbert import hf, torch_private
 from fastbert.models.families import Family
+from fastbert.torch_private import parameter
 
 DEVICES = ("cpu", "cuda")
 
@@ -181,9 +182,7 @@ def state_reasons(structure: Structure, model: Any) -> list[str]:
         return ["the model is in training mode"]
     if "forward" in model.__dict__ or "_create_attention_masks" in model.__dict__:
         return ["a method of the model was replaced on the instance"]
-    for module in structure.fixed:
-        if torch_private.is_plain(module) and not hf.is_offloaded(module):
-            continue
+    for module in torch_private.unusual(structure.fixed, hf.OFFLOADED):
         if module.training:
             return [f"{name_of(module, model)} is in training mode"]
         if hf.is_offloaded(module):
@@ -209,21 +208,24 @@ def parameter_reasons(structure: Structure, model: Any, family: Family) -> list[
         if hf.gelu_of(layer.activation) is None:
             name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
             return [f"the activation is {name}, not an erf or tanh GELU"]
-        if len({linear.bias is None for linear in (layer.query, layer.key, layer.value)}) > 1:
+        without = [parameter(linear, "bias") is None for linear in (layer.query, layer.key, layer.value)]
+        if any(without) and not all(without):
             return ["of query, key and value some have a bias and some have not"]
         for linear in layer.linears():
-            found += [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+            weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
+            found += [weight] if bias is None else [weight, bias]
         norms += layer.norms()
     for norm in norms:
-        if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        gamma, beta = parameter(norm, "weight"), parameter(norm, "bias")
+        if gamma is None or beta is None or len(norm.normalized_shape) != 1:
             return ["a LayerNorm has no gain, no bias or more than one dimension"]
-        found += [norm.weight, norm.bias]
-    for parameter in found:
-        if type(parameter) is not nn.Parameter:
-            return [f"a weight is {type(parameter).__name__}, not torch.nn.Parameter"]
-        if parameter.layout != torch.strided:
-            return [f"a weight is laid out as {parameter.layout}"]
-        if parameter.dtype != dtype or parameter.device != device:
+        found += [gamma, beta]
+    for tensor in found:
+        if type(tensor) is not nn.Parameter:
+            return [f"a weight is {type(tensor).__name__}, not torch.nn.Parameter"]
+        if tensor.layout != torch.strided:
+            return [f"a weight is laid out as {tensor.layout}"]
+        if tensor.dtype != dtype or tensor.device != device:
             return [f"the parameters are not all {dtype} on {device}"]
     if torch.is_grad_enabled() and any(p.requires_grad for p in found):
         return ["gradients are wanted, which the fast path has not yet: use torch.no_grad()"]

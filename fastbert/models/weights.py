@@ -16,6 +16,7 @@ from fastbert import hf, ops, torch_private
 from fastbert.layers import LayerWeights
 from fastbert.models.structure import LayerModules
 from fastbert.ops import PackedWeight
+from fastbert.torch_private import parameter
 
 SAMPLES = 512
 
@@ -24,21 +25,23 @@ SAMPLES = 512
 class Prepared:
     """A matrix made from parameters, and what they were when it was made.
 
-    `sources` are aliases of the parameters: they keep the memory, so that its address is not given to others.
+    `live` are views of samples of the parameters, `samples` what they held. The views keep the parameters' memory, so
+    that its address is not given to others.
     """
 
     tensor: Tensor | PackedWeight
     stamp: tuple[object, ...]
     samples: tuple[Tensor, ...]
-    sources: tuple[Tensor, ...]
+    live: tuple[Tensor, ...]
 
 
 def sample(weight: Tensor) -> Tensor:
-    """At most about SAMPLES values spread evenly over weight [N, K]."""
-    size = weight.numel()
-    step = max(1, size // SAMPLES) | 1  # odd, so that it is not one column that is always seen
-    flat = weight if weight.is_contiguous() else weight.contiguous()
-    return flat.as_strided((-(-size // step),), (step,), flat.storage_offset())
+    """A view of about SAMPLES values spread over weight [N, K]."""
+    rows, columns = weight.shape
+    if weight.is_contiguous():
+        step = max(1, rows * columns // SAMPLES) | 1  # odd, so that it is not one column that is always seen
+        return weight.detach().view(-1)[::step]
+    return weight.detach()[:: max(1, rows // 23), :: max(1, columns // 23)]
 
 
 class MatrixCache:
@@ -52,19 +55,14 @@ class MatrixCache:
         if not keeps_copies(parameters, dtype):
             self.entries.pop(name, None)
             return joined(parameters, dtype)
-        stamp = (dtype, *((p.data_ptr(), p.shape, p.stride(), torch_private.version(p)) for p in parameters))
+        stamp = (dtype, *[(p.data_ptr(), p.shape, p.stride(), torch_private.version(p)) for p in parameters])
         entry = self.entries.get(name)
-        if entry is not None and entry.stamp == stamp and self.unchanged(entry, parameters):
+        if entry is not None and entry.stamp == stamp and all(map(torch.equal, entry.samples, entry.live)):
             return entry.tensor
         tensor = ops.pack_weight(joined(parameters, dtype))
-        sources = tuple(p.detach() for p in parameters)
-        self.entries[name] = Prepared(tensor, stamp, tuple(sample(p).clone() for p in parameters), sources)
+        live = tuple(sample(p) for p in parameters)
+        self.entries[name] = Prepared(tensor, stamp, tuple(view.clone() for view in live), live)
         return tensor
-
-    @staticmethod
-    def unchanged(entry: Prepared, parameters: tuple[Tensor, ...]) -> bool:
-        """Whether the sampled values of all parameters are what they were."""
-        return all(torch.equal(old, sample(p)) for old, p in zip(entry.samples, parameters, strict=True))
 
     def nbytes(self) -> int:
         """Memory held by the copies, in bytes."""
@@ -86,30 +84,35 @@ def joined(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
 
 def norm(module: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     """gamma [H], beta [H], eps of an nn.LayerNorm."""
-    return module.weight, module.bias, module.eps
+    return parameter(module, "weight"), parameter(module, "bias"), module.eps
 
 
 def read_layer(modules: LayerModules, name: str, cache: MatrixCache, dtype: torch.dtype) -> LayerWeights:
     """The parameters of one layer as they are now, in the compute dtype. Call it under torch.no_grad()."""
     qkv = (modules.query, modules.key, modules.value)
+    out, first, second = modules.out, modules.w1, modules.w2
     dim = int(modules.attention.attention_head_size)
     scale = getattr(modules.attention, "scaling", dim**-0.5)
 
     def bias(*linears: nn.Linear) -> Tensor | None:
-        return None if linears[0].bias is None else joined(tuple(m.bias for m in linears), dtype)
+        biases = tuple(parameter(m, "bias") for m in linears)
+        return None if biases[0] is None else joined(biases, dtype)
+
+    def weight(place: str, *linears: nn.Linear) -> Tensor | PackedWeight:
+        return cache.get(f"{name}.{place}", tuple(parameter(m, "weight") for m in linears), dtype)
 
     return LayerWeights(
         heads=modules.query.weight.shape[0] // dim,
         scale=float(scale),
         approximate=hf.gelu_of(modules.activation) or "none",
-        qkv_weight=cache.get(f"{name}.qkv", tuple(m.weight for m in qkv), dtype),
+        qkv_weight=weight("qkv", *qkv),
         qkv_bias=bias(*qkv),
-        out_weight=cache.get(f"{name}.out", (modules.out.weight,), dtype),
-        out_bias=bias(modules.out),
+        out_weight=weight("out", out),
+        out_bias=bias(out),
         norm1=norm(modules.norm1),
-        w1=cache.get(f"{name}.w1", (modules.w1.weight,), dtype),
-        b1=bias(modules.w1),
-        w2=cache.get(f"{name}.w2", (modules.w2.weight,), dtype),
-        b2=bias(modules.w2),
+        w1=weight("w1", first),
+        b1=bias(first),
+        w2=weight("w2", second),
+        b2=bias(second),
         norm2=norm(modules.norm2),
     )

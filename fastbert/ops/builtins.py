@@ -19,6 +19,7 @@ from fastbert.ops.reference import keep_mask, keep_scale, statistics_dtype
 
 SUMMED_COLUMNS = 192  # oneDNN adds products one after the other: over more of them fp32 is less exact than MKL
 FEW_ROWS, FEW_COLUMNS = 3, 512  # up to here MKL adds in another order, and is more exact still
+SHORT_ROWS, MANY_PARTS = 16, 8  # up to so few rows MKL's one product is faster than so many
 BLOCK_ROWS = 512  # of [T, N] sums that should stay in a CPU's cache
 
 
@@ -133,7 +134,8 @@ def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
     columns = weight.shape[1]
     count = -(-columns // SUMMED_COLUMNS) if weight.dtype == torch.float32 else 1
     width = -(-columns // count // 16) * 16  # [N, width]
-    return PackedWeight(tuple(private.pack_linear_weight(part) for part in torch.split(weight, width, 1)))
+    parts = tuple(private.pack_linear_weight(part) for part in torch.split(weight, width, 1))
+    return PackedWeight(parts, weight.detach() if isinstance(weight, torch.nn.Parameter) else None)
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, columns: int) -> Tensor:
@@ -156,6 +158,8 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
         return x.new_empty(0, weight.shape[0])
     if is_summed(weight) and x.shape[0] > BLOCK_ROWS:
         return by_rows(lambda rows: linear(rows, weight, bias), x, weight.shape[0])
+    if weight.plain is not None and x.shape[0] <= SHORT_ROWS and len(weight.parts) >= MANY_PARTS:
+        return F.linear(x, weight.plain, bias)
     if weight.dtype == torch.float32 and x.shape[0] <= FEW_ROWS and x.shape[1] < FEW_COLUMNS:
         return linear_of_few_rows(x, weight, bias)
     return sum_of_parts(x, weight, None if bias is None else bias.contiguous())

@@ -28,7 +28,7 @@ def shape_reasons(**expected: tuple[Tensor | PackedWeight | None, tuple[int | No
     """In words, which of the named tensors differ from the shape expected of them (None in a shape: any size)."""
     reasons = []
     for name, (tensor, shape) in expected.items():
-        if tensor is not None and not has_shape(tensor.shape, shape):
+        if tensor is not None and tensor.shape != shape and not has_shape(tensor.shape, shape):
             sizes = ", ".join("any" if n is None else str(n) for n in shape)
             reasons.append(f"{name} has shape {list(tensor.shape)}, expected [{sizes}]")
     return reasons

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PackedWeight:
-    """weight [N, K] as oneDNN's blocked copies of its column ranges, which add up to it from left to right.
+    """weight [N, K] as oneDNN's blocked copies of its column ranges, whose products add up to those with it.
 
     Taken by the products in place of a plain weight, outside torch.compile.
+
+    Args:
+        parts: the column ranges from left to right, packed.
+        plain: the weight itself, where it is at hand without a copy.
     """
 
     parts: tuple[Tensor, ...]
+    plain: Tensor | None = None
+    shape: torch.Size = field(init=False)
+    dtype: torch.dtype = field(init=False)
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.parts[0].shape[0], sum(part.shape[1] for part in self.parts)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.parts[0].dtype
+    def __post_init__(self) -> None:
+        self.shape = torch.Size((self.parts[0].shape[0], sum(part.shape[1] for part in self.parts)))
+        self.dtype = self.parts[0].dtype
 
     @property
     def nbytes(self) -> int:
-        """Memory held, in bytes."""
+        """Memory held by the copies, in bytes."""
         return sum(part.numel() * part.element_size() for part in self.parts)
 
     def to_dense(self) -> Tensor:
