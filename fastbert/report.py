@@ -224,7 +224,9 @@ def plot(result: Result, path: Path) -> str | None:
     except ImportError:
         return "no plot: matplotlib is not installed (pip install matplotlib)"
     names = list(dict.fromkeys(row.workload for row in result.rows))
-    figure, axes = plt.subplots(len(names), 2, figsize=(12, 1.0 + 3.8 * len(names)), squeeze=False)
+    size = (12, 1.0 + 3.8 * len(names))
+    figure, axes = plt.subplots(len(names), 2, figsize=size, squeeze=False, layout="constrained")
+    figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12)  # inches
     for (left, right), load in zip(axes, result.workloads, strict=True):
         rows = [row for row in result.rows if row.workload == load["name"] and row.seconds is not None]
         _draw_rates(left, rows, load)
@@ -233,7 +235,6 @@ def plot(result: Result, path: Path) -> str | None:
     on_cpu = f"{machine['cpu']}, {_count(machine['threads'], 'thread')}"
     where = machine["cuda"][0]["name"] if result.device.startswith("cuda") else on_cpu
     figure.suptitle(f"{result.title} on {where}", fontsize=13, x=0.015, ha="left", weight="bold")
-    figure.tight_layout(w_pad=3, h_pad=2)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
