@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+FORWARD_METHODS = ("forward", "_create_attention_masks")  # what the stock forward of a base model is made of
 OFFLOADED = "_hf_hook"  # the attribute by which the library accelerate marks a module that it moves between devices
 
 

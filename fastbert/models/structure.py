@@ -180,13 +180,13 @@ def state_reasons(structure: Structure, model: Any) -> list[str]:
         return ["a hook on the forward of every module is set"]
     if model.training:
         return ["the model is in training mode"]
-    if "forward" in model.__dict__ or "_create_attention_masks" in model.__dict__:
+    if any(name in model.__dict__ for name in hf.FORWARD_METHODS):
         return ["a method of the model was replaced on the instance"]
     for module in torch_private.unusual(structure.fixed, hf.OFFLOADED):
         if module.training:
             return [f"{name_of(module, model)} is in training mode"]
         if hf.is_offloaded(module):
-            return [f"{name_of(module, model)} is offloaded (it has an _hf_hook)"]
+            return [f"{name_of(module, model)} is offloaded (it has an {hf.OFFLOADED})"]
         if "forward" in module.__dict__:
             return [f"the forward of {name_of(module, model)} was replaced"]
         if any(not hf.is_capturing_hook(hook) for hook in torch_private.forward_hooks(module)):
