@@ -72,10 +72,10 @@ def call_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
     hidden = inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
     if hidden is not None and not isinstance(hidden, bool):
         reasons.append("only some hidden states were asked for")
-    return reasons + shape_reasons(model, inputs)
+    return reasons + input_reasons(model, inputs)
 
 
-def shape_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
+def input_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
     """Which inputs have shapes that the fast path does not take; HuggingFace's own path broadcasts or rejects them."""
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     given = ids if embeds is None else embeds
