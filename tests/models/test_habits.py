@@ -1,5 +1,6 @@
 """What users do to live models: whatever it is, the accelerated model does what the stock one does."""
 
+import contextlib
 import copy
 import gc
 import subprocess
@@ -140,7 +141,18 @@ def a_new_child(model):
     model.encoder.layer[0].adapter = nn.Linear(2, 2).eval()
 
 
+def a_causal_config(model):
+    model.config.is_causal = True
+
+
+def a_sparse_weight(model):
+    dense = model.encoder.layer[0].output.dense
+    dense.weight = nn.Parameter(dense.weight.detach().to_sparse_csr())
+
+
 STOCK = {
+    a_causal_config: "the config asks for causal attention",
+    a_sparse_weight: "a weight is laid out as torch.sparse_csr",
     dropout_becomes_linear: "encoder.layer.0.output.dropout is torch.nn.modules.linear.Linear, not a module",
     one_bias_removed: "of query, key and value some have a bias and some have not",
     max_norm: "an embedding has a max_norm",
@@ -314,6 +326,33 @@ def test_forward_mode_differentiation_takes_the_stock_path(bert, inputs):
         assert forward_ad.unpack_dual(out).tangent is not None
 
 
+@torch.no_grad()
+def test_a_torch_without_the_fields_of_modules_takes_the_stock_path(bert, inputs, monkeypatch):
+    expected, model = bert
+    reason = "this torch lacks nn.Module._modules"
+    monkeypatch.setattr("fastbert.torch_private.module_fields_refusal", lambda: reason)
+    assert torch.equal(expected(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+    assert reasons(model) == [reason]
+
+
+@torch.no_grad()
+def test_positions_that_cannot_be_counted_are_huggingfaces_affair():
+    for model in pair("RobertaModel", "roberta"):
+        model.embeddings.padding_idx = None
+        with pytest.raises(TypeError):
+            model(**batch("roberta"))
+    assert reasons(model) == ["the embeddings have no padding_idx to count positions from"]
+
+
+@pytest.mark.parametrize("name", ["softcap", "position_bias", "cache", "debug_io", "query", "dropout"])
+@torch.no_grad()
+def test_arguments_of_huggingfaces_inner_functions(name, bert, inputs):
+    _, model = bert
+    with contextlib.suppress(Exception):  # what they do is HuggingFace's affair
+        model(**inputs, **{name: torch.zeros(1)})
+    assert reasons(model) == [f"{name} was given"]
+
+
 class Answers(transformers.BertForQuestionAnswering):
     pass
 
@@ -330,6 +369,7 @@ def test_fake_and_meta_tensors_take_the_stock_path(inputs):
     with FakeTensorMode():
         model = fastbert.accelerate(transformers.BertModel(config("bert")).eval())
         assert model(torch.ones(2, 5, dtype=torch.long)).last_hidden_state.shape == (2, 5, 64)
+        assert "FakeTensor" in reasons(model)[-1] or "FakeParameter" in reasons(model)[-1]
     with torch.device("meta"):
         model = fastbert.accelerate(transformers.BertModel(config("bert")).eval())
         assert model(torch.ones(2, 5, dtype=torch.long)).last_hidden_state.shape == (2, 5, 64)
