@@ -72,7 +72,7 @@ def test_every_head(name, head, dtype, parity):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "head"), PAIRS)
 def test_every_head_at_full_depth(name, head, dtype, parity):
-    """The whole product: every layer below every head, every length. Hours rather than minutes on two cores."""
+    """The whole product: every layer below every head, every length. About half an hour on two cores."""
     torch.manual_seed(0)
     model = with_head(trunk(name), head, CONFIGS[name].num_hidden_layers)
     lengths = next(lengths for suffix, lengths in LENGTHS_OF.items() if head.endswith(suffix))
