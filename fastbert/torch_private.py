@@ -21,7 +21,7 @@ def probe(function: Probe) -> Probe:
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             return function(*args)
 
-    return functools.wraps(function)(run)  # type: ignore[return-value]
+    return functools.wraps(function)(run)  # type: ignore[return-value]  # wraps does not keep the TypeVar
 
 
 @probe

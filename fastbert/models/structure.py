@@ -105,14 +105,13 @@ def examine(model: Any, family: Family) -> Structure:
 
 
 def override_reasons(model: Any, family: Family) -> list[str]:
-    """Which methods of the stock model a user's subclass, or the instance, has changed."""
+    """Which methods of the stock model a user's subclass has changed; its `forward` may call ours."""
     stock = hf.stock_class(family.model)
     own = type(model).__mro__[: type(model).__mro__.index(stock)]
     users = [cls for cls in own if "fastbert_family" not in cls.__dict__]
     changed = {name for cls in users for name, value in cls.__dict__.items() if callable(value)}
-    changed |= {name for name, value in model.__dict__.items() if callable(value)}
+    changed -= {"forward", "config_class"}
     methods = sorted(n for n in changed if not n.startswith("__") and callable(getattr(stock, n, None)))
-    methods = [n for n in methods if n not in ("config_class",) and (n != "forward" or n in model.__dict__)]
     return [f"{type(model).__name__} changes {', '.join(methods)}"] if methods else []
 
 

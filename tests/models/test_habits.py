@@ -17,16 +17,6 @@ import fastbert
 from tests.models.small import assert_parity, batch, config, pair, reasons, stock
 
 
-@pytest.fixture
-def bert():
-    return pair("BertModel", "bert")
-
-
-@pytest.fixture
-def inputs():
-    return batch("bert")
-
-
 def attention_of(model, layer=0):
     return model.encoder.layer[layer].attention.self
 
