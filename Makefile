@@ -7,6 +7,7 @@ CONSTRAINED := -c requirements/constraints.txt
 NATIVE := $(wildcard csrc/* csrc/*/*)
 ANTIBERTY := .cache/antiberty
 ANTIBERTY_FILES := AntiBERTy_md_smooth/config.json AntiBERTy_md_smooth/pytorch_model.bin vocab.txt
+HUGGINGFACE_TESTS := .cache/transformers-tests
 
 export HF_HUB_OFFLINE = 1
 
@@ -19,10 +20,10 @@ help: ## this list (default)
 run: setup ## a real BERT through stock HuggingFace and fastbert: parity, speed, a plot
 	$(BIN)/fastbert bench
 
-test: setup $(ANTIBERTY)/done ## style, types and every test but the slow ones
+test: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## style, types and every test but the slow ones
 	$(BIN)/python -m pytest -p tests.rooms -m "not slow" tests
 
-test-all: setup $(ANTIBERTY)/done ## the same and the slow ones
+test-all: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## the same and the slow ones
 	$(BIN)/python -m pytest -p tests.rooms tests
 
 setup: $(VENV)/done ## .venv, pinned packages, native library
@@ -64,4 +65,12 @@ $(ANTIBERTY)/done: requirements/antiberty.txt | $(VENV)/torch
 	@$(PIP) download -qq --no-deps --require-hashes -d $(ANTIBERTY) -r $<
 	@cd $(ANTIBERTY) && $(abspath $(BIN))/python -m zipfile -e antiberty-*.whl wheel && cd wheel/antiberty/trained_models && mv $(ANTIBERTY_FILES) ../../..
 	@rm -rf $(ANTIBERTY)/wheel $(ANTIBERTY)/*.whl
+	@touch $@
+
+# pip asks an sdist for its metadata, which takes setuptools: hence after the packages
+$(HUGGINGFACE_TESTS)/done: requirements/huggingface_tests.txt | $(VENV)/done
+	@echo "Fetching HuggingFace's common model tests"
+	@rm -rf $(HUGGINGFACE_TESTS) && mkdir -p $(HUGGINGFACE_TESTS)
+	@$(PIP) download -qq --no-deps --no-binary :all: --no-build-isolation --require-hashes -d $(HUGGINGFACE_TESTS) -r $<
+	@cd $(HUGGINGFACE_TESTS) && name=$$(basename transformers-*.tar.gz .tar.gz) && tar -xzf $$name.tar.gz $$name/tests && rm $$name.tar.gz
 	@touch $@

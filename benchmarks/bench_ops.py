@@ -24,10 +24,10 @@ BACKENDS = [(op.name, b.name) for op in ops.ALL for b in op.order(DEVICE) if b.n
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", cases(DEVICE), ids=lambda case: case.name)
 @pytest.mark.parametrize(("op", "backend"), BACKENDS, ids=lambda value: value)
-@torch.inference_mode()
+@torch.no_grad()  # stock gradients need tensors that autograd takes
 def test_op(benchmark: Any, op: str, backend: str, case: Case, dtype: str) -> None:
     call = op_calls(case, DTYPES[dtype], DEVICE)[op]()
-    if reasons := getattr(ops, op).backends[backend].reasons(*call.arguments):
+    if reasons := stock.OPS[op].backends[backend].reasons(*call.arguments):
         pytest.skip("; ".join(reasons))
     passed, words = stock.verdict(call, backend)
     if not passed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel
 
+from benchmarks.stock import OPS, outputs, plain
 from fastbert import ops, workloads
 from fastbert.parity import enliven
 
@@ -62,10 +65,41 @@ class OpCall:
     arguments: tuple[Any, ...]
     flops: int  # of its products; 0: it has none
     bytes_moved: int  # every argument and result once
+    forward: OpCall | None = None  # of a backward op: the call whose gradients it computes
 
     def run(self) -> Any:
         """Calls the op on the backend that is chosen by itself, or by `use_backend`."""
-        return getattr(ops, self.op)(*self.arguments)
+        return OPS[self.op](*self.arguments)
+
+
+def backward_arguments(
+    op: ops.Op, arguments: tuple[Any, ...], found: tuple[torch.Tensor, ...], grad: torch.Tensor
+) -> tuple[Any, ...]:
+    """What autograd hands to the backward of `op(*arguments)`, which returned `found`, every gradient needed."""
+    assert op.gradient is not None
+    bound = inspect.signature(op.backends["reference"].run).bind(*arguments)
+    bound.apply_defaults()
+    known = bound.arguments | dict(zip(op.returns(), found, strict=True))
+    known["needed"] = [known[name] is not None for name in op.gradient.of]
+    return (grad, *(known[name] for name in op.gradient.op.arguments()[1:]))
+
+
+TABLES = ("words", "type_table", "position_table")
+
+
+@torch.no_grad()
+def backward_call(forward: OpCall, flops: int, draw: Callable[[torch.Tensor], torch.Tensor]) -> OpCall:
+    """The call of the backward op of a call, on plain weights; `draw` gives a gradient for the first output."""
+    op, arguments = OPS[forward.op], plain(forward.arguments)
+    assert op.gradient is not None
+    found = outputs(op(*arguments))
+    handed = backward_arguments(op, arguments, found, draw(found[0]))
+    of = [arguments[op.arguments().index(name)] for name in op.gradient.of]
+    read = [t for name, t in zip(op.gradient.op.arguments(), handed, strict=True) if name not in TABLES]
+    if op.name == "embed_layer_norm":
+        read += [found[0]] * len(TABLES)  # as many rows of each
+    moved = sum(t.nbytes for t in (*read, *of) if isinstance(t, torch.Tensor))
+    return OpCall(op.gradient.op.name, handed, flops, moved, forward)
 
 
 def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[[], OpCall]]:
@@ -100,9 +134,16 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
         arguments = (ids, types, positions, *tables, randn(hidden), randn(hidden), 1e-12)
         return OpCall("embed_layer_norm", arguments, 0, tokens * (24 + 4 * hidden * size))
 
+    def bounds() -> torch.Tensor:
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+    def dropout_bits() -> OpCall:
+        seed = torch.zeros((), dtype=torch.int64, device=device)
+        arguments = (seed, 0, bounds(), tokens, width, case.heads, 0.1)
+        return OpCall("dropout_bits", arguments, 0, case.heads * tokens * (width + 31) // 32 * 4)
+
     def attention() -> OpCall:
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        arguments = (randn(tokens, 3, case.heads, case.dim), bounds, width, case.dim**-0.5)
+        arguments = (randn(tokens, 3, case.heads, case.dim), bounds(), width, case.dim**-0.5)
         flops = sum(4 * n * n * hidden for n in lengths)
         return OpCall("attention", arguments, flops, tokens * (4 * hidden * size + 4 * case.heads))
 
@@ -126,8 +167,22 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
         moved = size * (2 * tokens * (hidden + inner) + 2 * hidden * inner)
         return OpCall("feed_forward", arguments, 4 * tokens * hidden * inner, moved)
 
-    makers = (unpad, pad, embed_layer_norm, attention, add_layer_norm, linear, linear_gelu, feed_forward)
-    return {maker.__name__: maker for maker in makers}
+    def backward(make: Callable[[], OpCall]) -> Callable[[], OpCall]:
+        """The backward of a call: of each product two, of attention's two products five (scores are made again)."""
+
+        def made() -> OpCall:
+            call = make()
+            if call.op in ("linear_gelu", "feed_forward"):
+                call = dataclasses.replace(call, arguments=(*call.arguments, "none", True))
+            flops = call.flops * 5 // 2 if call.op == "attention" else 2 * call.flops
+            return backward_call(call, flops, lambda y: randn(*y.shape))
+
+        return made
+
+    makers = (unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward)
+    calls = {maker.__name__: maker for maker in makers}
+    gradients = ((OPS[name].gradient, maker) for name, maker in calls.items())
+    return calls | {gradient.op.name: backward(maker) for gradient, maker in gradients if gradient is not None}
 
 
 def random_model(case: Case, layers: int, dtype: torch.dtype, device: str) -> Any:

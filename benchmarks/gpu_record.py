@@ -55,7 +55,7 @@ class Setting:
     def backends(self, op: str, arguments: tuple[Any, ...]) -> dict[str, list[str]]:
         """Backend → why it refuses this call here; `reference` is no candidate."""
         kind = self.device.split(":")[0]
-        order = [b for b in getattr(ops, op).order(kind) if b.name != "reference"]
+        order = [b for b in stock.OPS[op].order(kind) if b.name != "reference"]
         return {b.name: b.reasons(*arguments) for b in order}
 
     def verdict(self, call: OpCall, case: Case, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
@@ -101,17 +101,17 @@ def part_parity(setting: Setting) -> Iterator[Line]:
                     yield {**line, "passed": passed, "words": words}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # stock gradients need tensors that autograd takes
 def part_ops(setting: Setting) -> Iterator[Line]:
     """Stock PyTorch and every backend of every op at every case, interleaved; a backend is timed if it has parity."""
     for case in setting.cases:
         for name, dtype in setting.dtypes.items():
             for op, make in op_calls(case, dtype, setting.device).items():
                 call = make()
-                arguments = stock.plain(call.arguments)
+                plain = stock.prepared(call)
                 costs = {"flops": call.flops, "bytes": call.bytes_moved}
                 line: Line = {"op": op, "case": case.name, "dtype": name, **costs}
-                candidates: dict[str, Callable[[int], object]] = {"stock": lambda i: stock.ALL[op](*arguments)}  # noqa: B023
+                candidates: dict[str, Callable[[int], object]] = {"stock": lambda i: plain()}  # noqa: B023
                 for backend, reasons in setting.backends(op, call.arguments).items():
                     if reasons:
                         continue

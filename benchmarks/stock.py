@@ -1,8 +1,13 @@
-"""Each op as HuggingFace or torch.nn writes it, on plain weights: the base of timings and of parity, the tests' too."""
+"""Each op as HuggingFace or torch.nn writes it, on plain weights: the base of timings and of parity, the tests' too.
+
+The backward of an op is autograd's of its formula.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +18,9 @@ from fastbert import ops, parity
 
 if TYPE_CHECKING:
     from benchmarks.cases import OpCall
+
+OPS = {op.name: op for op in ops.ALL}
+Dropout = tuple[Tensor, float] | None  # which elements are kept, and what those are multiplied with
 
 
 def unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,16 +34,55 @@ def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
     return out.view(batch, length, x.shape[1])
 
 
+def dropped(x: Tensor, dropout: Dropout) -> Tensor:
+    """nn.Dropout with its choice handed to it."""
+    return x if dropout is None else x * dropout[0] * dropout[1]
+
+
+def embeddings(
+    ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
+    position_table: Tensor, word_padding: int = -1, position_padding: int = -1,
+) -> Tensor:  # fmt: skip
+    """BertEmbeddings before its LayerNorm: words, then token types, then positions."""
+    total = F.embedding(ids, words, None if word_padding < 0 else word_padding)
+    if types is not None and type_table is not None:
+        total = total + F.embedding(types, type_table)
+    return total + F.embedding(positions, position_table, None if position_padding < 0 else position_padding)
+
+
 def embed_layer_norm(
     ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
-    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float,
+    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, dropout: Dropout = None, word_padding: int = -1,
+    position_padding: int = -1, save: bool = False,
 ) -> Tensor:  # fmt: skip
-    """BertEmbeddings: words, then token types, then positions."""
-    embeddings = F.embedding(ids, words)
-    if types is not None and type_table is not None:
-        embeddings = embeddings + F.embedding(types, type_table)
-    embeddings = embeddings + F.embedding(positions, position_table)
-    return F.layer_norm(embeddings, gamma.shape, gamma, beta, eps)
+    """BertEmbeddings."""
+    total = embeddings(ids, types, positions, words, type_table, position_table, word_padding, position_padding)
+    return dropped(F.layer_norm(total, gamma.shape, gamma, beta, eps), dropout)
+
+
+def embed_layer_norm_and_statistics(
+    ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
+    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, dropout: Dropout = None, word_padding: int = -1,
+    position_padding: int = -1, save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """embed_layer_norm, mean and rstd [T] of the sum in the tested dtype, and the sum if it is to be saved."""
+    total = embeddings(ids, types, positions, words, type_table, position_table)
+    rows = ids, types, positions, words, type_table, position_table
+    y = embed_layer_norm(*rows, gamma, beta, eps, dropout, word_padding, position_padding)
+    return y, *statistics(total, eps), total if save else words.new_empty(0)
+
+
+def statistics(total: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and rstd [T] of rows in the tested dtype, computed in fp32 or wider."""
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    return wide.mean(1), (wide.var(1, correction=0) + eps) ** -0.5
+
+
+def dropout_bits(
+    seed: Tensor, site: int, cu_seqlens: Tensor, tokens: int, max_seqlen: int, heads: int, p: float
+) -> Tensor:
+    """What nn.Dropout draws for the padded attention probabilities [B, N, S, S], for timings: other numbers."""
+    return torch.empty(cu_seqlens.shape[0] - 1, heads, max_seqlen, max_seqlen, device=seed.device).bernoulli_(1 - p)
 
 
 def padded(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,57 +94,113 @@ def padded(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Te
     return rows.permute(2, 0, 3, 1, 4), real[:, None, None].expand(-1, 1, max_seqlen, -1), real
 
 
-def attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    """SDPA on the padded batch with HuggingFace's mask; real rows [T, N, D] are returned."""
+def kept(keep_bits: Tensor, length: int) -> Tensor:
+    """keep_bits [N, T, W] int32, bit k of word w is key 32·w + k → bool [N, T, length]."""
+    place = torch.arange(length, device=keep_bits.device)
+    return (keep_bits[:, :, place // 32] >> place % 32) & 1 == 1
+
+
+def keep_scale(p: float) -> float:
+    """What is kept is multiplied with this, where p is told by 16 bits: 1/(1 - p)."""
+    share = math.floor(p * 65536 + 0.5) / 65536
+    return 1 / (1 - share) if share < 1 else 0.0
+
+
+def attention(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
+) -> Tensor:
+    """SDPA on the padded batch with HuggingFace's mask, dropout by given bits; real rows [T, N, D] are returned."""
     (query, key, value), mask, real = padded(qkv, cu_seqlens, max_seqlen)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)[real]
+    if keep_bits is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)[real]
+    keep = mask.new_zeros(*real.shape, qkv.shape[2], max_seqlen)
+    keep[real] = kept(keep_bits, max_seqlen).transpose(0, 1)
+    wide = torch.promote_types(qkv.dtype, torch.float32)  # as SDPA computes where there is dropout
+    query, key, value = (x.to(wide) for x in (query, key, value))
+    probabilities = (query @ key.mT * scale).masked_fill(~mask, -torch.inf).softmax(3)
+    out = dropped(probabilities, (keep.transpose(1, 2), keep_scale(p))) @ value
+    return out.to(qkv.dtype).transpose(1, 2)[real]
 
 
-def attention_and_lse(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+def attention_and_lse(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """attention, and lse [N, T] from scores in the tested dtype."""
     (query, key, _), mask, real = padded(qkv, cu_seqlens, max_seqlen)
     scores = (query @ key.transpose(2, 3) * scale).to(torch.promote_types(qkv.dtype, torch.float32))
     lse = scores.masked_fill(~mask, -torch.inf).logsumexp(3).transpose(1, 2)[real].T
-    return attention(qkv, cu_seqlens, max_seqlen, scale), lse
+    return attention(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p), lse
 
 
-def add_layer_norm(x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """BertSelfOutput: dense's bias, then LayerNorm(hidden_states + input_tensor)."""
-    return F.layer_norm((x if bias is None else x + bias) + residual, gamma.shape, gamma, beta, eps)
+def add_layer_norm(
+    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, dropout: Dropout = None
+) -> Tensor:
+    """BertSelfOutput: dense's bias, dropout, then LayerNorm(hidden_states + input_tensor)."""
+    total = dropped(x if bias is None else x + bias, dropout) + residual
+    return F.layer_norm(total, gamma.shape, gamma, beta, eps)
 
 
 def add_layer_norm_and_statistics(
-    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, dropout: Dropout = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """add_layer_norm, and mean and rstd [T] of the sum in the tested dtype."""
-    total = (x if bias is None else x + bias) + residual
-    wide = total.to(torch.promote_types(total.dtype, torch.float32))
-    y = add_layer_norm(x, bias, residual, gamma, beta, eps)
-    return y, wide.mean(1), (wide.var(1, correction=0) + eps) ** -0.5
+    total = dropped(x if bias is None else x + bias, dropout) + residual
+    return add_layer_norm(x, bias, residual, gamma, beta, eps, dropout), *statistics(total, eps)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none", save: bool = False
+) -> Tensor:
     """BertIntermediate: dense, then GELU, each rounded to the dtype."""
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 
+def linear_gelu_and_pre(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str = "none", save: bool = False
+) -> tuple[Tensor, Tensor]:
+    """linear_gelu, and what GELU was taken of, if it is to be saved."""
+    return linear_gelu(x, weight, bias, approximate), F.linear(x, weight, bias) if save else x.new_empty(0)
+
+
 def feed_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "none"
-) -> Tensor:
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "none",
+    save: bool = False,
+) -> Tensor:  # fmt: skip
     """BertIntermediate, then BertOutput's dense."""
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
+    return F.linear(linear_gelu(x, w1, b1, approximate), w2, b2)
+
+
+def feed_forward_and_pre(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "none",
+    save: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """feed_forward, and what GELU was taken of, if it is to be saved."""
+    return feed_forward(x, w1, b1, w2, b2, approximate), F.linear(x, w1, b1) if save else x.new_empty(0)
 
 
 # What stock models compute, for timings; with every output of the op, for parity.
 ALL: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (unpad, pad, embed_layer_norm, attention, add_layer_norm, linear, linear_gelu, feed_forward)
+    f.__name__: f
+    for f in (
+        unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
+    )
+}  # fmt: skip
+EVERY_OUTPUT = ALL | {
+    "attention": attention_and_lse,
+    "embed_layer_norm": embed_layer_norm_and_statistics,
+    "add_layer_norm": add_layer_norm_and_statistics,
+    "linear_gelu": linear_gelu_and_pre,
+    "feed_forward": feed_forward_and_pre,
 }
-EVERY_OUTPUT = ALL | {"attention": attention_and_lse, "add_layer_norm": add_layer_norm_and_statistics}
-ELEMENTWISE = ("embed_layer_norm", "add_layer_norm")  # judged per binade
+# The outputs that are judged per binade. Sums over rows (of weights, of biases, of tables) are not.
+ELEMENTWISE = {
+    "embed_layer_norm": ("y",), "add_layer_norm": ("y",), "add_layer_norm_backward": ("x_grad", "residual_grad"),
+    "pad_backward": ("x",),
+}  # fmt: skip
 
 
 def plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -110,27 +213,77 @@ def double(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in plain(arguments))
 
 
-@torch.inference_mode()
-def verdict(call: OpCall, backend: str) -> tuple[bool, str]:
-    """Whether every output of a backend's call keeps the parity rule (integers: is equal), and the worst in words."""
-    op = getattr(ops, call.op)
-    with ops.use_backend("reference"):
-        expected = outputs(op(*double(call.arguments)))
-    base = outputs(EVERY_OUTPUT[call.op](*plain(call.arguments)))
-    with ops.use_backend(backend):
-        got = outputs(op(*call.arguments))
-    found = []
-    for i, (ours, ref, theirs) in enumerate(zip(got, expected, base, strict=True)):
-        if not ref.is_floating_point():
-            equal = torch.equal(ours, ref)
-            found.append((0.0 if equal else float("inf"), f"output {i} {'is equal' if equal else 'differs'}"))
-            continue
-        judged = parity.judge(ours, ref, theirs, elementwise=call.op in ELEMENTWISE and i == 0)
-        found.append((judged.ratio, f"output {i}: {judged}"))
-    ratio, words = max(found)
-    return ratio <= 1, words
-
-
 def outputs(result: Any) -> tuple[Tensor, ...]:
     """What an op returned, as a tuple."""
     return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def differentiated(op: ops.Op, arguments: Sequence[Any]) -> tuple[int, ...]:
+    """The places of those arguments whose gradients the op gives, in its order; None and left out: no gradient."""
+    assert op.gradient is not None
+    places = (op.arguments().index(name) for name in op.gradient.of)
+    return tuple(i for i in places if i < len(arguments) and arguments[i] is not None)
+
+
+def graph(function: Callable[..., Any], arguments: Sequence[Any], places: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """The first output with its graph, and the leaves at these places of the arguments."""
+    leaves = {i: arguments[i].detach().requires_grad_() for i in places}
+    with torch.enable_grad():
+        found = function(*(leaves.get(i, argument) for i, argument in enumerate(arguments)))
+    return outputs(found)[0], list(leaves.values())
+
+
+def gradients(
+    function: Callable[..., Any], arguments: Sequence[Any], places: Sequence[int], grad: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of the arguments at these places, by autograd, where the first output's is `grad`."""
+    first, leaves = graph(function, arguments, places)
+    return torch.autograd.grad(first, leaves, grad)
+
+
+def prepared(call: OpCall) -> Callable[[], Any]:
+    """What is timed as stock: the formula, or autograd through it without its forward."""
+    if call.forward is None:
+        return functools.partial(ALL[call.op], *plain(call.arguments))
+    arguments = plain(call.forward.arguments)
+    places = differentiated(OPS[call.forward.op], arguments)
+    first, leaves = graph(ALL[call.forward.op], arguments, places)
+    return lambda: torch.autograd.grad(first, leaves, call.arguments[0], retain_graph=True)
+
+
+def ref_and_base(call: OpCall) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What a call gives in float64 by the reference, and in its dtype by the stock formula; gradients by autograd."""
+    op, arguments = OPS[call.op], plain(call.arguments)
+    if call.forward is None:
+        with ops.use_backend("reference"):
+            return outputs(op(*double(arguments))), outputs(EVERY_OUTPUT[call.op](*arguments))
+    op, arguments, grad = OPS[call.forward.op], plain(call.forward.arguments), call.arguments[0]
+    places = differentiated(op, arguments)
+    with ops.use_backend("reference"):
+        ref = gradients(op, double(arguments), places, grad.double())
+    return ref, gradients(ALL[op.name], arguments, places, grad)
+
+
+@torch.no_grad()
+def verdict(call: OpCall, backend: str) -> tuple[bool, str]:
+    """Whether every output of a backend's call keeps the parity rule (integers: is equal), and the worst in words.
+
+    A backward is judged against gradients of the forward in float64: what it was handed (statistics, the output of
+    the forward) is rounded, and these roundings are its own.
+    """
+    op = OPS[call.op]
+    expected, base = ref_and_base(call)
+    with ops.use_backend(backend):
+        got = dict(zip(op.returns(), outputs(op(*call.arguments)), strict=True))
+    wanted = call.arguments[-1] if op.arguments()[-1] == "needed" else [True] * len(got)
+    names = [name for name, want in zip(got, wanted, strict=True) if want]
+    found = []
+    for name, ref, theirs in zip(names, expected, base, strict=True):
+        if not ref.is_floating_point():
+            equal = torch.equal(got[name], ref)
+            found.append((0.0 if equal else float("inf"), f"{name} {'is equal' if equal else 'differs'}"))
+            continue
+        judged = parity.judge(got[name], ref, theirs, elementwise=name in ELEMENTWISE.get(op.name, ()))
+        found.append((judged.ratio, f"{name}: {judged}"))
+    ratio, words = max(found)
+    return ratio <= 1, words

@@ -1,7 +1,7 @@
 """fastbert makes BERT-family encoders fast without changing them.
 
 import fastbert
-fastbert.accelerate(model)              # any HuggingFace BERT, RoBERTa or DistilBERT, in place
+fastbert.accelerate(model)              # any HuggingFace BERT, RoBERTa, DistilBERT, ELECTRA …, in place
 print(fastbert.explain(model))          # which path runs, and in words why not the other
 from fastbert import BertModel          # or by import: stock names, stock checkpoints
 """
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         AutoModelForNextSentencePrediction,
         AutoModelForPreTraining,
         AutoModelForQuestionAnswering,
+        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
+        AutoModelForTextEncoding,
         AutoModelForTokenClassification,
         BertForMaskedLM,
         BertForMultipleChoice,
@@ -34,12 +36,49 @@ if TYPE_CHECKING:
         BertForTokenClassification,
         BertLMHeadModel,
         BertModel,
+        CamembertForCausalLM,
+        CamembertForMaskedLM,
+        CamembertForMultipleChoice,
+        CamembertForQuestionAnswering,
+        CamembertForSequenceClassification,
+        CamembertForTokenClassification,
+        CamembertModel,
+        Data2VecTextForCausalLM,
+        Data2VecTextForMaskedLM,
+        Data2VecTextForMultipleChoice,
+        Data2VecTextForQuestionAnswering,
+        Data2VecTextForSequenceClassification,
+        Data2VecTextForTokenClassification,
+        Data2VecTextModel,
         DistilBertForMaskedLM,
         DistilBertForMultipleChoice,
         DistilBertForQuestionAnswering,
         DistilBertForSequenceClassification,
         DistilBertForTokenClassification,
         DistilBertModel,
+        ElectraForCausalLM,
+        ElectraForMaskedLM,
+        ElectraForMultipleChoice,
+        ElectraForPreTraining,
+        ElectraForQuestionAnswering,
+        ElectraForSequenceClassification,
+        ElectraForTokenClassification,
+        ElectraModel,
+        ErnieForCausalLM,
+        ErnieForMaskedLM,
+        ErnieForMultipleChoice,
+        ErnieForNextSentencePrediction,
+        ErnieForPreTraining,
+        ErnieForQuestionAnswering,
+        ErnieForSequenceClassification,
+        ErnieForTokenClassification,
+        ErnieModel,
+        MPNetForMaskedLM,
+        MPNetForMultipleChoice,
+        MPNetForQuestionAnswering,
+        MPNetForSequenceClassification,
+        MPNetForTokenClassification,
+        MPNetModel,
         RobertaForCausalLM,
         RobertaForMaskedLM,
         RobertaForMultipleChoice,
@@ -47,24 +86,44 @@ if TYPE_CHECKING:
         RobertaForSequenceClassification,
         RobertaForTokenClassification,
         RobertaModel,
+        XLMRobertaForCausalLM,
+        XLMRobertaForMaskedLM,
+        XLMRobertaForMultipleChoice,
+        XLMRobertaForQuestionAnswering,
+        XLMRobertaForSequenceClassification,
+        XLMRobertaForTokenClassification,
+        XLMRobertaModel,
     )
 
     from fastbert.models.accelerate import accelerate as accelerate
     from fastbert.models.accelerate import explain, restore
     from fastbert.ops import use_backend
+    from fastbert.pooling import pool
 
 # `accelerate` is left out on purpose: a star import must not hide HuggingFace's package of that name.
 __all__ = [
     "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForMultipleChoice",
     "AutoModelForNextSentencePrediction", "AutoModelForPreTraining", "AutoModelForQuestionAnswering",
-    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "BertForMaskedLM",
-    "BertForMultipleChoice", "BertForNextSentencePrediction", "BertForPreTraining", "BertForQuestionAnswering",
-    "BertForSequenceClassification", "BertForTokenClassification", "BertLMHeadModel", "BertModel",
-    "DistilBertForMaskedLM", "DistilBertForMultipleChoice", "DistilBertForQuestionAnswering",
-    "DistilBertForSequenceClassification", "DistilBertForTokenClassification", "DistilBertModel", "RobertaForCausalLM",
-    "RobertaForMaskedLM", "RobertaForMultipleChoice", "RobertaForQuestionAnswering",
-    "RobertaForSequenceClassification", "RobertaForTokenClassification", "RobertaModel", "explain", "restore",
-    "use_backend",
+    "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification", "AutoModelForTextEncoding",
+    "AutoModelForTokenClassification", "BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction",
+    "BertForPreTraining", "BertForQuestionAnswering", "BertForSequenceClassification", "BertForTokenClassification",
+    "BertLMHeadModel", "BertModel", "CamembertForCausalLM", "CamembertForMaskedLM", "CamembertForMultipleChoice",
+    "CamembertForQuestionAnswering", "CamembertForSequenceClassification", "CamembertForTokenClassification",
+    "CamembertModel", "Data2VecTextForCausalLM", "Data2VecTextForMaskedLM", "Data2VecTextForMultipleChoice",
+    "Data2VecTextForQuestionAnswering", "Data2VecTextForSequenceClassification",
+    "Data2VecTextForTokenClassification", "Data2VecTextModel", "DistilBertForMaskedLM",
+    "DistilBertForMultipleChoice", "DistilBertForQuestionAnswering", "DistilBertForSequenceClassification",
+    "DistilBertForTokenClassification", "DistilBertModel", "ElectraForCausalLM", "ElectraForMaskedLM",
+    "ElectraForMultipleChoice", "ElectraForPreTraining", "ElectraForQuestionAnswering",
+    "ElectraForSequenceClassification", "ElectraForTokenClassification", "ElectraModel", "ErnieForCausalLM",
+    "ErnieForMaskedLM", "ErnieForMultipleChoice", "ErnieForNextSentencePrediction", "ErnieForPreTraining",
+    "ErnieForQuestionAnswering", "ErnieForSequenceClassification", "ErnieForTokenClassification", "ErnieModel",
+    "MPNetForMaskedLM", "MPNetForMultipleChoice", "MPNetForQuestionAnswering", "MPNetForSequenceClassification",
+    "MPNetForTokenClassification", "MPNetModel", "RobertaForCausalLM", "RobertaForMaskedLM",
+    "RobertaForMultipleChoice", "RobertaForQuestionAnswering", "RobertaForSequenceClassification",
+    "RobertaForTokenClassification", "RobertaModel", "XLMRobertaForCausalLM", "XLMRobertaForMaskedLM",
+    "XLMRobertaForMultipleChoice", "XLMRobertaForQuestionAnswering", "XLMRobertaForSequenceClassification",
+    "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "pool", "restore", "use_backend",
 ]  # fmt: skip
 
 
@@ -78,6 +137,10 @@ def __getattr__(name: str) -> Any:
         from fastbert.ops import use_backend
 
         return use_backend
+    if name == "pool":
+        from fastbert.pooling import pool
+
+        return pool
     if name in __all__:
         from fastbert.models.accelerate import public_class
 

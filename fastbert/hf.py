@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-FORWARD_METHODS = ("forward", "_create_attention_masks")  # what the stock forward of a base model is made of
+CREATE_MASKS = "_create_attention_masks"  # what the stock forward of a base model makes its masks by
+# The methods that a model and its layers compute by: the chunks are what apply_chunking_to_forward calls.
+METHODS = frozenset({"__call__", "forward", "feed_forward_chunk", "ff_chunk", CREATE_MASKS})
 OFFLOADED = "_hf_hook"  # the attribute by which the library accelerate marks a module that it moves between devices
+MARKS = METHODS | {OFFLOADED}  # attributes that a module of the stock model has of its class only, or not at all
 
 
 @functools.cache
@@ -36,6 +39,12 @@ def stock_class(name: str) -> type[Any]:
     return found
 
 
+def is_stock(module: nn.Module, names: Container[str]) -> bool:
+    """Whether a module is of a class of transformers, itself and no subclass, with one of these names."""
+    name = type(module).__name__
+    return name in names and type(module) is getattr(transformers, name, None)
+
+
 def output_collector() -> object:
     """What HuggingFace's output capture is collecting now in this context (truthy: something)."""
     from transformers.utils.output_capturing import _active_collector
@@ -43,9 +52,32 @@ def output_collector() -> object:
     return _active_collector.get()
 
 
+def hidden_state_indices(wanted: Any, count: int) -> set[int] | None:
+    """Which of `count` hidden states an `output_hidden_states` asks for; None: this version takes no such value."""
+    if wanted is None or isinstance(wanted, bool):
+        return set(range(count)) if wanted else set()
+    chosen = list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted]
+    try:
+        from transformers.utils.output_capturing import resolve_hidden_states_indices
+    except ImportError:
+        return None
+    if not all(type(index) is int for index in chosen):
+        return None
+    found: set[int] = resolve_hidden_states_indices(None, chosen, count) if wanted else set()
+    return found
+
+
 def is_capturing_hook(hook: Any) -> bool:
     """Whether a forward hook is HuggingFace's own, which captures hidden states, rather than a user's."""
     return getattr(hook, "__name__", "") == "output_capturing_hook"
+
+
+def is_gradient_hook(hook: Any) -> bool:
+    """Whether a forward hook is the one of HuggingFace or PEFT that makes the embeddings' output require a gradient.
+
+    Set by `enable_input_require_grads`, and with gradient checkpointing; the fast path does what it does.
+    """
+    return getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 def register_capture(model: Any) -> None:
@@ -73,11 +105,22 @@ def is_offloaded(module: nn.Module) -> bool:
     return OFFLOADED in module.__dict__
 
 
+def checkpointing_of(layer: Any) -> Callable[..., Any] | None:
+    """The function by which HuggingFace calls a layer under gradient checkpointing now; None: it calls the layer."""
+    if not (getattr(layer, "gradient_checkpointing", False) and layer.training):
+        return None
+    function: Callable[..., Any] = layer._gradient_checkpointing_func
+    return function
+
+
 def gelu_of(activation: Any) -> str | None:
     """How an activation is named by `feed_forward`: "none" (erf), "tanh", or None: no GELU that it knows."""
     from transformers import activations
 
-    if activation is torch.nn.functional.gelu or type(activation) is activations.GELUActivation:
+    if type(activation) is activations.GELUActivation:
+        own = getattr(activation.act, "__func__", None) is activations.GELUActivation._gelu_python
+        return "none" if own or activation.act is torch.nn.functional.gelu else None
+    if activation is torch.nn.functional.gelu:
         return "none"
     if type(activation) is nn.GELU:
         return str(activation.approximate)

@@ -1,18 +1,20 @@
-"""A BERT layer, and a stack of them, over packed tokens: declared ops only.
+"""A BERT layer over packed tokens: declared ops only.
 
 T real tokens, H hidden size, N heads, D head dim, I intermediate size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fastbert import ops
+from fastbert import ops, torch_private
 from fastbert.ops import PackedWeight
+from fastbert.ops.dropout import ATTENTION_OUTPUT, ATTENTION_PROBABILITIES, FEED_FORWARD_OUTPUT, site_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +42,33 @@ class Packing:
     def unpack(self, x: Tensor) -> Tensor:
         """x [T, H] → [B, S, H], pad rows exact zeros."""
         if self.indices is None:
-            return x.view(self.batch, self.length, -1)
+            return torch_private.reshaped(x, self.batch, self.length, x.shape[1])
         return ops.pad(x, self.indices, self.batch, self.length)  # type: ignore[no-any-return]
 
 
-def pack_mask(mask: Tensor) -> Packing:
-    """mask [B, S] of any dtype, nonzero = real → its packing. On a GPU, the one read is that of T."""
-    indices, cu_seqlens = ops.unpad(mask)
+def pack_mask(mask: Tensor) -> tuple[Packing, bool]:
+    """mask [B, S] of any dtype, nonzero = real → its packing, and whether column 0 is real in every row.
+
+    The host waits for the device once.
+    """
     batch, length = mask.shape
-    max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.device.type == "cpu" and batch else length
-    return Packing(cu_seqlens, max_seqlen, batch, length, indices if indices.shape[0] < batch * length else None)
+    if mask.device.type == "cpu":
+        first = bool(mask[:, 0].to(torch.bool).all())
+        indices, cu_seqlens = ops.unpad(mask)
+        longest = int(cu_seqlens.diff().max())
+    else:
+        tokens, longest, first = measure(mask)
+        indices, cu_seqlens = ops.unpad(mask, tokens)
+    packed = indices if indices.shape[0] < batch * length else None
+    return Packing(cu_seqlens, longest, batch, length, packed), first
+
+
+def measure(mask: Tensor) -> tuple[int, int, bool]:
+    """mask [B, S] → T, the longest sequence, whether column 0 is real in every row: one read by the host."""
+    real = mask.to(torch.bool)
+    lengths = real.sum(1)
+    tokens, longest, first = torch.stack([lengths.sum(), lengths.max(), real[:, 0].all().long()]).tolist()
+    return tokens, longest, bool(first)
 
 
 def pack_dense(batch: int, length: int, device: torch.device) -> Packing:
@@ -59,44 +78,89 @@ def pack_dense(batch: int, length: int, device: torch.device) -> Packing:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A linear map as the ops take it, or modules of a user (LoRA) that are called on packed tokens instead.
+
+    Args:
+        weight: [N, K], or packed by `ops.pack_weight`.
+        bias: [N].
+        modules: called one by one, their outputs [T, N_i] side by side; then there is no weight.
+    """
+
+    weight: Tensor | PackedWeight | None
+    bias: Tensor | None = None
+    modules: tuple[nn.Module, ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, K] → [T, N]."""
+        if self.modules:
+            return torch.cat([module(x) for module in self.modules], 1)
+        return ops.linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer's parameters as the ops take them; matrices may be packed by `ops.pack_weight`."""
+    """One layer's parameters as the ops take them.
+
+    Args:
+        dropout: the probabilities at the places of ops/dropout.py: attention probabilities, attention output,
+            feed-forward output; () stands for none.
+        index: the number of the layer.
+        save: the feed-forward keeps its pre-activation for the backward.
+    """
 
     heads: int
     scale: float
     approximate: str
-    qkv_weight: Tensor | PackedWeight  # [3·N·D, H]
-    qkv_bias: Tensor | None
-    out_weight: Tensor | PackedWeight  # [H, N·D]
-    out_bias: Tensor | None
+    qkv: Product  # [3·N·D, H]
+    out: Product  # [H, N·D]
     norm1: tuple[Tensor, Tensor, float]  # gamma [H], beta [H], eps
-    w1: Tensor | PackedWeight  # [I, H]
-    b1: Tensor | None
-    w2: Tensor | PackedWeight  # [H, I]
-    b2: Tensor | None
+    first: Product  # [I, H]
+    second: Product  # [H, I]
     norm2: tuple[Tensor, Tensor, float]
+    dropout: tuple[float, ...] = ()
+    index: int = 0
+    save: bool = False
 
 
-def attend(x: Tensor, weights: LayerWeights, packing: Packing) -> Tensor:
+def attend(x: Tensor, weights: LayerWeights, packing: Packing, seed: Tensor | None) -> Tensor:
     """x [T, H] → self-attention with its output projection [T, H], before dropout, residual and LayerNorm."""
-    qkv = ops.linear(x, weights.qkv_weight, weights.qkv_bias).unflatten(1, (3, weights.heads, -1))  # [T, 3, N, D]
-    out, _ = ops.attention(qkv, packing.cu_seqlens, packing.max_seqlen, weights.scale)
-    return ops.linear(out.flatten(1), weights.out_weight, weights.out_bias)  # type: ignore[no-any-return]
+    qkv = weights.qkv(x).unflatten(1, (3, weights.heads, -1))  # type: ignore[no-untyped-call]  # [T, 3, N, D]
+    kept = keep_bits(weights, packing, x.shape[0], seed)
+    out, _ = ops.attention(qkv, packing.cu_seqlens, packing.max_seqlen, weights.scale, *kept)
+    return weights.out(out.flatten(1))
 
 
 def feed_forward(x: Tensor, weights: LayerWeights) -> Tensor:
     """x [T, H] → both products with GELU between them [T, H], before dropout, residual and LayerNorm."""
-    return ops.feed_forward(x, weights.w1, weights.b1, weights.w2, weights.b2, weights.approximate)  # type: ignore[no-any-return]
+    first, second = weights.first, weights.second
+    if first.modules or second.modules:
+        return second(F.gelu(first(x), approximate=weights.approximate))
+    return ops.feed_forward(  # type: ignore[no-any-return]
+        x, first.weight, first.bias, second.weight, second.bias, weights.approximate, weights.save
+    )[0]
 
 
-def layer(x: Tensor, weights: LayerWeights, packing: Packing, dtype: torch.dtype) -> Tensor:
-    """x [T, H] → [T, H]. Products run in `dtype` (autocast's, if it is on); residual and LayerNorm in x's."""
-    h = ops.add_layer_norm(attend(x.to(dtype), weights, packing), None, x, *weights.norm1)[0]
-    return ops.add_layer_norm(feed_forward(h.to(dtype), weights), None, h, *weights.norm2)[0]  # type: ignore[no-any-return]
+def layer(x: Tensor, weights: LayerWeights, packing: Packing, dtype: torch.dtype, seed: Tensor | None = None) -> Tensor:
+    """x [T, H] → [T, H]. Products run in `dtype` (autocast's, if it is on); residual and LayerNorm in x's.
+
+    seed: [] int64 on the device, what decides which elements are dropped; None: there is no dropout.
+    """
+    after_attention, after_feed_forward = (dropout(weights, p, seed) for p in (ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT))
+    h = ops.add_layer_norm(attend(x.to(dtype), weights, packing, seed), None, x, *weights.norm1, *after_attention)[0]
+    return ops.add_layer_norm(feed_forward(h.to(dtype), weights), None, h, *weights.norm2, *after_feed_forward)[0]  # type: ignore[no-any-return]
 
 
-def encode(x: Tensor, stack: Iterable[LayerWeights], packing: Packing, dtype: torch.dtype) -> Iterator[Tensor]:
-    """x [T, H] → the output [T, H] of each layer in turn."""
-    for weights in stack:
-        x = layer(x, weights, packing, dtype)
-        yield x
+def dropout(weights: LayerWeights, place: int, seed: Tensor | None) -> tuple[Any, ...]:
+    """p, seed and site of hidden dropout at a place of the layer, as the ops take them; () where there is none."""
+    if seed is None or not weights.dropout or not weights.dropout[place]:
+        return ()
+    return weights.dropout[place], seed, site_of(weights.index, place)
+
+
+def keep_bits(weights: LayerWeights, packing: Packing, tokens: int, seed: Tensor | None) -> tuple[Any, ...]:
+    """The keep bits and p of the attention probabilities, as the op takes them; () where there is no dropout."""
+    if not (arguments := dropout(weights, ATTENTION_PROBABILITIES, seed)):
+        return ()
+    p, seed, site = arguments
+    return ops.dropout_bits(seed, site, packing.cu_seqlens, tokens, packing.max_seqlen, weights.heads, p), p

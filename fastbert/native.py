@@ -70,11 +70,12 @@ def refuse(device_type: str) -> list[str]:
     return [f"the native library's CUDA kernels do not run here: {problem}"] if problem else []
 
 
-def unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
+def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
     """The real tokens of a padding mask.
 
     Args:
         mask: [B, S] on a CPU or CUDA device, any strides; bool, integer or float; nonzero (NaN too) means real.
+        tokens: T, if it is known; not used, the library counts them.
 
     Returns:
         indices: [T] int64, row * S + column of each real token, ascending.

@@ -10,12 +10,13 @@ stock model in that dtype, ours an accelerated copy. Judged are real positions o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -32,7 +33,8 @@ from fastbert.parity import judge
 
 # At and beside tile sizes; then short rows, because outputs of one row a sequence need rows to be judged by.
 LENGTHS = (512, 511, 128, 127, 65, 64, 63, 17, 16, 15, 1, *range(2, 15))
-TOKEN_LOGITS = ("start_logits", "end_logits")  # the only [B, S] outputs; other 2-D ones are one row a sequence
+# The only [B, S] outputs, by class and field; other 2-D ones are one row a sequence.
+TOKEN_LOGITS = ("start_logits", "end_logits", "ElectraForPreTrainingOutput.logits")
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def compare_models(
     inputs: Mapping[str, Tensor],
     dtype: torch.dtype,
     *,
+    labels: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     accelerate: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Comparison:
@@ -179,16 +182,20 @@ def compare_models(
     runs take the batch in parts of like length, which have less padding; ours is one forward.
 
     Args:
+        labels: further arguments, rows first, with which the model returns a loss (labels, start_positions …). The loss
+            is judged as the row "loss", token by token or row by row: see `unreduced_losses`. Labels of masked
+            positions must be -100.
         accelerate: makes the copy fast; default `fastbert.accelerate` with pad rows of zeros, which are not judged.
     """
     inputs = {name: x.to(device) for name, x in inputs.items()}
+    labels = {name: x.to(device) for name, x in (labels or {}).items()}
     base_model = fastbert.restore(copy.deepcopy(stock)).to(device=device, dtype=dtype).eval()
     ours_model = (accelerate or functools.partial(fastbert.accelerate, pad_output="zeros"))(copy.deepcopy(base_model))
     with torch.inference_mode():
         with ops.record() as calls:
-            ours = collect(ours_model, inputs)
-        base = collect(base_model, inputs, parts=True)
-        ref = collect(base_model.double(), inputs, parts=True)
+            ours = collect(ours_model, inputs, labels)
+        base = collect(base_model, inputs, labels, parts=True)
+        ref = collect(base_model.double(), inputs, labels, parts=True)
     counts = Counter(call.op for call in calls)
     fast = counts["attention"] == layers(stock) > 0
     rows = []
@@ -202,27 +209,74 @@ def compare_models(
     return Comparison(tuple(rows), dict(counts), fast, "" if fast else str(fastbert.explain(ours_model)))
 
 
-def collect(model: nn.Module, inputs: Mapping[str, Tensor], parts: bool = False) -> dict[str, Tensor]:
+def collect(
+    model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], parts: bool = False
+) -> dict[str, Tensor]:
     """Every floating output by name, hidden states first: per-token ones [T, ...] of real positions, others [B, ...].
 
     Args:
+        labels: further arguments that make the model return a loss.
         parts: run rows of like length together, cut to their longest (where the mask is padded on the right).
     """
-    lengths = real_mask(inputs).view(*inputs["input_ids"].shape).sum(-1)
+    shape = inputs["input_ids"].shape
+    lengths = real_mask(inputs).view(*shape).sum(-1)
+    arguments = {**inputs, **labels}
+    along_tokens = {name for name, x in arguments.items() if x.shape == shape}
     found: dict[str, list[tuple[int, Tensor]]] = {}
     for rows in like_lengths(inputs) if parts else [list(range(len(lengths)))]:
-        part = {name: x[rows] for name, x in inputs.items()}
+        part = {name: x[rows] for name, x in arguments.items()}
         if parts:
             width = max(int(lengths[rows].max()), 1)
-            part = {name: x[..., :width] for name, x in part.items()}
+            part = {name: x[..., :width].contiguous() if name in along_tokens else x for name, x in part.items()}
         real = real_mask(part)
-        for name, x in named_outputs(model(**part, output_hidden_states=True, return_dict=True)):
-            each = x.shape[0] // len(rows)  # choices of a multiple-choice row
-            per_token = x.dim() > 2 or name in TOKEN_LOGITS
-            for i, row in enumerate(rows):
-                mine = slice(i * each, (i + 1) * each)
-                found.setdefault(name, []).append((row, x[mine][real[mine]] if per_token else x[mine]))
-    return {name: torch.cat([x for _, x in sorted(pieces, key=lambda p: p[0])]) for name, pieces in found.items()}
+        with unreduced_losses(len(rows)):
+            output = model(**part, output_hidden_states=True, return_dict=True)
+        token_loss = "labels" in along_tokens
+        for name, x in named_outputs(output):
+            is_token_logits = bool({name, f"{type(output).__name__}.{name}"} & {*TOKEN_LOGITS})
+            per_token = x.dim() > 2 or is_token_logits or (name == "loss" and token_loss and x.shape == real.shape)
+            if name == "loss" and token_loss and x.dim() == 1:  # ELECTRA's discriminator: one number a real token
+                pieces: Sequence[Tensor] = torch.split(x, real.sum(1).tolist())
+            else:
+                each = len(x) // len(rows)  # choices of a multiple-choice row
+                choices = [slice(i * each, (i + 1) * each) for i in range(len(rows))]
+                pieces = [x[mine][real[mine]] if per_token else x[mine] for mine in choices]
+            found.setdefault(name, []).extend(zip(rows, pieces, strict=True))
+    return {name: torch.cat([x for _, x in sorted(pairs, key=lambda p: p[0])]) for name, pairs in found.items()}
+
+
+@contextlib.contextmanager
+def unreduced_losses(rows: int) -> Iterator[None]:
+    """Within it, HuggingFace's losses are no means but what they are means of: one mean is too noisy to be judged.
+
+    A cross entropy over the tokens of `rows` sequences gives [rows, S], 0 where the label is -100; one over sequences
+    [rows, 1]; losses of one number a label the shape of the labels. A float64 model's loss is float64, which
+    HuggingFace would round by `logits.float()`. It exchanges torch's functions for a while, so it is not for programs
+    that compute losses in other threads at that time.
+    """
+    functional: Any = torch.nn.functional
+    tensor: Any = Tensor
+    names = ("cross_entropy", "binary_cross_entropy_with_logits", "mse_loss")
+    stock = {name: getattr(functional, name) for name in names}
+    to_float = tensor.float
+
+    def unreduced(name: str) -> Callable[..., Tensor]:
+        def loss(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            target = target.to(logits.dtype) if target.is_floating_point() else target
+            each: Tensor = stock[name](logits, target, *args, **{**kwargs, "reduction": "none"})
+            return each.view(rows, -1) if name == "cross_entropy" else each
+
+        return loss
+
+    for name in names:
+        setattr(functional, name, unreduced(name))
+    tensor.float = lambda x: x if x.dtype == torch.float64 else to_float(x)
+    try:
+        yield
+    finally:
+        del tensor.float  # its own is inherited
+        for name in names:
+            setattr(functional, name, stock[name])
 
 
 def named_outputs(output: Any) -> Iterable[tuple[str, Tensor]]:
@@ -276,6 +330,8 @@ def ragged_batch(
     inputs = {"input_ids": ids, "attention_mask": mask}
     if getattr(config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = (torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None] // 2).long() * mask
+    if getattr(config, "use_task_id", False):
+        inputs["task_type_ids"] = (torch.arange(max(lengths)) % config.task_type_vocab_size) * mask
     return inputs
 
 

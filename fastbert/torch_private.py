@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -79,11 +79,14 @@ def cpu_flash_refusal(dtype: torch.dtype) -> str | None:
     try:
         query, key, value = torch.linspace(-1, 1, 3 * 2 * 5 * 8, dtype=torch.float32).view(3, 1, 2, 5, 8).to(dtype)
         out, lse = cpu_flash_attention(query, key, value, 0.5)
+        gradients = cpu_flash_attention_backward(value, query, key, value, out, lse, 0.5)
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"torch's CPU flash attention does not run in {dtype}: {str(error).splitlines()[0]}"
     scores = query.double() @ key.double().transpose(-1, -2) * 0.5
-    near = functools.partial(torch.allclose, rtol=2e-2, atol=2e-3)
-    if not (near(out.double(), scores.softmax(-1) @ value.double()) and near(lse.double(), scores.logsumexp(-1))):
+    near = functools.partial(torch.allclose, rtol=2e-2, atol=4e-3)
+    probabilities, wide = scores.softmax(-1), value.double()
+    wanted = probabilities @ wide, scores.logsumexp(-1), probabilities.mT @ wide
+    if not all(near(x.double(), y) for x, y in zip((out, lse, gradients[2]), wanted, strict=True)):
         return f"torch's CPU flash attention gives wrong numbers in {dtype}"
     return None
 
@@ -92,6 +95,15 @@ def cpu_flash_attention(query: Tensor, key: Tensor, value: Tensor, scale: float)
     """query, key, value [B, N, L, D] on a CPU → out [B, N, L, D], lse [B, N, L] (natural logarithm)."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
         query, key, value, 0.0, False, scale=scale
+    )
+
+
+def cpu_flash_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad, query, key, value, out [B, N, L, D], lse [B, N, L] → the gradients [B, N, L, D] of query, key, value."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+        grad, query, key, value, out, lse, 0.0, False, scale=scale
     )
 
 
@@ -124,7 +136,16 @@ def transforms_active() -> bool:
         tracing = torch._C._is_tracing()
     except AttributeError:
         return torch.compiler.is_exporting()
-    return functorch or bool(tracing) or forward_mode_active() or torch.compiler.is_exporting()
+    return functorch or bool(tracing) or symbolic() or forward_mode_active() or torch.compiler.is_exporting()
+
+
+def symbolic() -> bool:
+    """Whether tensors are traced by make_fx or stand for shapes alone (FakeTensorMode)."""
+    try:
+        keys = torch._C._TorchDispatchModeKey
+        return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
+    except AttributeError:
+        return False
 
 
 def forward_mode_active() -> bool:
@@ -135,11 +156,11 @@ def forward_mode_active() -> bool:
 @probe
 def module_fields_refusal() -> str | None:
     """Why the fields of nn.Module that the functions below read cannot be used, in words; None: they can."""
-    module = nn.Linear(1, 1)
-    fields = ("training", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
+    module = nn.Identity()  # one with parameters would draw from the generator
+    fields = ("_modules", "_parameters", *HOOKS)
     lacks = [f"nn.Module.{name}" for name in fields if name not in module.__dict__]
     hooks = torch.nn.modules.module
-    lacks += [n for n in ("_global_forward_hooks", "_global_forward_pre_hooks") if not hasattr(hooks, n)]
+    lacks += [f"_global{name}" for name in HOOKS if not hasattr(hooks, f"_global{name}")]
     lacks += [] if hasattr(Tensor, "_version") else ["Tensor._version"]
     return f"this torch lacks {', '.join(lacks)}" if lacks else None
 
@@ -154,22 +175,25 @@ def submodules(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def forward_hooks(module: nn.Module) -> list[Any]:
-    """The forward hooks and forward pre-hooks of one module."""
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def unusual(modules: tuple[nn.Module, ...], mark: str) -> list[nn.Module]:
-    """Those modules that train, have forward hooks, a forward of their own, or an attribute named `mark`."""
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks on the forward and on the backward of one module."""
+    return [hook for name in HOOKS for hook in module.__dict__[name].values()]
+
+
+def unusual(modules: tuple[nn.Module, ...], marks: frozenset[str]) -> list[nn.Module]:
+    """Those modules that have hooks, or an attribute of their own with one of these names."""
     found = []
     for module in modules:
         fields = module.__dict__
         if (
-            fields.get("training", True)
-            or fields.get("_forward_hooks", True)
+            fields.get("_forward_hooks", True)
             or fields.get("_forward_pre_hooks", True)
-            or "forward" in fields
-            or mark in fields
+            or fields.get("_backward_hooks", True)
+            or fields.get("_backward_pre_hooks", True)
+            or not marks.isdisjoint(fields)
         ):
             found.append(module)
     return found
@@ -180,10 +204,27 @@ def parameter(module: nn.Module, name: str) -> Any:
     return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
-def global_forward_hooks() -> bool:
-    """Whether a hook on the forward of every module is set (torch.nn.modules.module.register_module_forward_hook)."""
+def own_parameters(module: nn.Module) -> Iterable[nn.Parameter | None]:
+    """The parameters of a module itself, without those of its submodules; None where one is left out."""
+    return module._parameters.values()
+
+
+def global_hooks() -> bool:
+    """Whether a hook on every module is set (torch.nn.modules.module.register_module_forward_hook and its like)."""
     hooks = torch.nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+    forward = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    return bool(forward or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+
+
+def reshaped(x: Tensor, *shape: int) -> Tensor:
+    """x contiguous, which nobody else holds → the same memory in another shape, as a tensor of its own.
+
+    A view would not be: a view made under no_grad cannot be edited in place afterwards.
+    """
+    try:
+        return torch.ops.aten._unsafe_view(x, shape)  # type: ignore[no-any-return]
+    except AttributeError:
+        return x.reshape(shape).clone()
 
 
 def version(tensor: Tensor) -> int:

@@ -5,7 +5,7 @@ from pathlib import PurePath
 
 import pytest
 
-ORDER = ["build", "ops", "models", "ecosystem", "cli"]  # rooms not named here come last
+ORDER = ["build", "ops", "models", "huggingface", "ecosystem", "cli"]  # rooms not named here come last
 seconds: Counter[str] = Counter()
 outcomes: dict[str, Counter[str]] = {}
 

@@ -6,13 +6,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from fastbert import hf
 from fastbert.models.families import AUTO_CLASSES, FAMILIES, Family
-from fastbert.models.forward import PAD_OUTPUTS, State, make_forward
-from fastbert.models.structure import model_reasons
+from fastbert.models.forward import PAD_OUTPUTS, State, logger, make_forward
+from fastbert.models.heads import HEADS, TOKEN_HEADS, make_head_forward
+from fastbert.models.structure import forward_reasons, model_reasons, position_reasons
 from fastbert.models.weights import MatrixCache
 from fastbert.ops import samples
 
@@ -41,6 +41,8 @@ def head_class(name: str) -> type[Any]:
     generation = hf.stock_class("GenerationMixin")
     bases = (stock, generation) if generation in stock.__bases__ else (stock,)
     namespace = {"__module__": "fastbert", "__qualname__": name, "__doc__": stock.__doc__, "__init__": make_init(stock)}
+    if name in TOKEN_HEADS:
+        namespace["forward"] = make_head_forward(stock)
     return type(name, bases, namespace)
 
 
@@ -90,26 +92,30 @@ PUBLIC_CLASSES = tuple(name for f in FAMILIES for name in (f.model, *f.heads)) +
 
 def base_models(model: nn.Module) -> list[tuple[str, Any, Family]]:
     """The base models inside `model` that a family fits, stock or accelerated, with their names."""
-    stock = {hf.stock_class(f.model): f for f in FAMILIES}
+    stock = {f.model: f for f in FAMILIES}
     found = []
     for name, module in model.named_modules():
-        family = getattr(type(module), "fastbert_family", None) or stock.get(type(module))
+        family = getattr(type(module), "fastbert_family", None)
+        if family is None and hf.is_stock(module, stock):
+            family = stock[type(module).__name__]
         if family is not None:
             found.append((name, module, family))
     return found
 
 
 def accelerate(model: Model, pad_output: str | None = None) -> Model:
-    """Makes every BERT, RoBERTa and DistilBERT inside `model` drop its padding and run fastbert's ops, in place.
+    """Makes every BERT (and RoBERTa, DistilBERT, ELECTRA …) inside `model` drop its padding and run fastbert's ops.
 
-    Parameters keep their identity, `state_dict` its keys, and the class its name; `restore` undoes it. Whatever the
-    fast path does not compute runs HuggingFace's own forward; `explain` says what and why.
+    It works in place: parameters keep their identity, `state_dict` its keys, classes their names; `restore` undoes it.
+    Whatever the fast path does not compute runs HuggingFace's own forward; `explain` says what and why.
 
     Args:
-        model: a HuggingFace model, or any module that holds one (SentenceTransformer, a pipeline's model …).
+        model: a HuggingFace model, or any module that holds one (SentenceTransformer, a pipeline's model …). Give the
+            outermost one: what stands above it is not seen.
         pad_output: what the output holds at masked positions. "zeros"; "exact": HuggingFace's values, at HuggingFace's
-            speed when a batch has padding; None: "exact" under a QuestionAnswering head, whose softmax runs over all
-            positions, else "zeros".
+            speed when a batch has padding; None: "exact" under a head that reduces over all positions
+            (QuestionAnswering, ELECTRA's summaries other than "first"), else "zeros". Whatever it is, a head over
+            tokens whose labels are not all -100 at masked positions gets HuggingFace's loss (seen on a CPU only).
 
     Returns:
         The same object.
@@ -127,17 +133,33 @@ def accelerate(model: Model, pad_output: str | None = None) -> Model:
     if not found:
         names = ", ".join(f.model for f in FAMILIES)
         raise ValueError(f"{type(model).__name__} holds no model that fastbert accelerates; it knows {names}")
-    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    exact = any(name.endswith("QuestionAnswering") for name in kinds)
+    exact = reduces_over_positions(model)
     for _, base, family in found:
         if type(base) is hf.stock_class(family.model):
             base.__class__ = fast_class(family)
-        state: State = base.__dict__.setdefault("_fastbert", State("zeros"))
+        if "_fastbert" not in base.__dict__:
+            base._fastbert = State("zeros")
+            for reason in position_reasons(base.config):
+                logger.warning(
+                    f"{reason}: transformers computes absolute positions all the same, so HuggingFace's own path runs"
+                )
+        state: State = base._fastbert
         state.pad_output = pad_output or ("exact" if exact else "zeros")
         state.cache = MatrixCache()
         if not hf.missing():
             hf.register_capture(base)
+    for module in model.modules():
+        if hf.is_stock(module, TOKEN_HEADS):
+            module.__class__ = head_class(type(module).__name__)
     return model
+
+
+def reduces_over_positions(model: nn.Module) -> bool:
+    """Whether something in the model reads all positions of a base model's output, pad rows too."""
+    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if any(name.endswith("QuestionAnswering") for name in kinds):
+        return True
+    return any(getattr(module, "summary_type", "first") != "first" for module in model.modules())
 
 
 def restore(model: Model) -> Model:
@@ -148,13 +170,16 @@ def restore(model: Model) -> Model:
         del base._fastbert
         if type(base) is fast_class(family):
             base.__class__ = hf.stock_class(family.model)
+    for module in model.modules():
+        name = type(module).__name__
+        if name in HEADS and type(module) is head_class(name):
+            module.__class__ = hf.stock_class(name)
     return model
 
 
-def inference_reasons(base: nn.Module, state: State, family: Family) -> list[str]:
-    """Why a base model, as it is now, runs the stock path even without gradients."""
-    with torch.no_grad():
-        return model_reasons(base, state.structure_of(base), family)
+def reasons_now(base: nn.Module, state: State, family: Family) -> list[str]:
+    """Why a base model, as it is now, runs the stock path."""
+    return forward_reasons(base) + model_reasons(base, state.structure_of(base), family)
 
 
 @dataclass(frozen=True)
@@ -169,8 +194,7 @@ class BaseExplanation:
     packed_bytes: int
 
     def __str__(self) -> str:
-        fast = "fast path in eval mode under torch.no_grad() or inference_mode()"
-        path = "HuggingFace's own path" if self.reasons else fast
+        path = "HuggingFace's own path" if self.reasons else "fast path"
         lines = [f"{self.name or 'the model'} ({self.model}): {path}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         lines += [f'  pad_output = "{self.pad_output}", packed copies of weights: {self.packed_bytes / 1e6:.1f} MB']
@@ -218,7 +242,7 @@ def explain(model: nn.Module) -> Explanation:
             BaseExplanation(
                 name=name,
                 model=type(base).__name__,
-                reasons=inference_reasons(base, state, family),
+                reasons=reasons_now(base, state, family),
                 calls=dict(state.calls),
                 pad_output=state.pad_output,
                 packed_bytes=state.cache.nbytes(),

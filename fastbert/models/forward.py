@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 from collections import Counter
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,20 +17,24 @@ from torch import Tensor, nn
 
 from fastbert import hf, layers, ops, torch_private
 from fastbert.layers import Packing
-from fastbert.models.families import Family
-from fastbert.models.structure import Structure, examine, model_reasons
-from fastbert.models.weights import MatrixCache, read_layer
+from fastbert.models.families import Family, tables_of
+from fastbert.models.structure import LayerModules, Structure, at, examine, model_reasons
+from fastbert.models.weights import MatrixCache, rate, read_dropout, read_layer, read_product, wants_graph
 
 logger = logging.getLogger("fastbert")
 
-INDICES = ("input_ids", "position_ids", "token_type_ids")  # in the order of Family.tables
+INDICES = ("input_ids", "position_ids", "token_type_ids", "task_type_ids")  # in the order of tables_of
 PAD_OUTPUTS = ("zeros", "exact")
+MOST_REASONS = 64
 STEP_ASIDE_ARGUMENTS = (
     "encoder_hidden_states", "encoder_attention_mask", "past_key_values", "is_causal", "softcap", "position_bias",
     "cache", "debug_io", "head_mask",
     # names of HuggingFace's inner functions, which raise when they are given twice
     "module", "hidden_states", "query", "key", "value", "dropout", "scaling",
 )  # fmt: skip
+
+# Why the base model must keep HuggingFace's pad rows in this call, in words: a head that has seen its labels says so.
+exact_call: ContextVar[str] = ContextVar("fastbert_exact_call", default="")
 
 
 class State:
@@ -53,7 +58,13 @@ class State:
         family, structure = family_of(model), self.structure
         if structure is None or not structure.fits(model, family):
             structure = self.structure = examine(model, family)
+            self.cache = MatrixCache()  # or copies of the weights of removed layers would stay
         return structure
+
+    def count(self, reason: str) -> None:
+        """Counts a forward under its reason for the stock path; some hold shapes, so they are kept from being many."""
+        known = reason in self.calls or len(self.calls) < MOST_REASONS
+        self.calls[reason if known else "for more reasons than are kept"] += 1
 
 
 def family_of(model: Any) -> Family:
@@ -69,10 +80,15 @@ def call_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
         reasons.append("an outer model captures outputs")
     if inputs.get("output_attentions", getattr(model.config, "output_attentions", False)):
         reasons.append("attentions were asked for")
-    hidden = inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
-    if hidden is not None and not isinstance(hidden, bool):
-        reasons.append("only some hidden states were asked for")
+    if wanted_hidden_states(model, inputs) is None:
+        reasons.append("output_hidden_states is no flag, and this version of transformers takes no indices")
     return reasons + input_reasons(model, inputs)
+
+
+def wanted_hidden_states(model: Any, inputs: dict[str, Any]) -> set[int] | None:
+    """The indices of the hidden states that a call asks for, 0 the embeddings' output; None: it asks strangely."""
+    wanted = inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
+    return hf.hidden_state_indices(wanted, len(at(model, family_of(model).layers)) + 1)
 
 
 def input_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
@@ -85,27 +101,33 @@ def input_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
     shape = tuple(given.shape[:2])
     if 0 in shape:
         return [f"the batch is empty: {list(shape)}"]
-    reasons = []
     if type(given) is not Tensor:
-        reasons.append(f"the input is {type(given).__name__}, not a plain tensor")
+        return [f"the input is {type(given).__name__}, not a plain tensor"]
+    reasons = []
+    chunk = getattr(model.config, "chunk_size_feed_forward", 0)  # chunks change the memory used, not the numbers
+    if chunk and shape[1] % chunk:
+        reasons.append(f"{shape[1]} tokens are no multiple of chunk_size_feed_forward {chunk}")
     if given.device != model.embeddings.word_embeddings.weight.device:
         reasons.append(f"the input is on {given.device}, the model is not")
-    if embeds is not None and torch.is_grad_enabled() and embeds.requires_grad:
-        reasons.append("gradients are wanted of inputs_embeds")
     if embeds is not None and embeds.dtype != model.embeddings.word_embeddings.weight.dtype:
         reasons.append(f"inputs_embeds is {embeds.dtype}, the model is not")
-    mask, types, positions = (inputs.get(n) for n in ("attention_mask", "token_type_ids", "position_ids"))
+    width = model.embeddings.word_embeddings.embedding_dim
+    if embeds is not None and embeds.shape[2] != width:
+        reasons.append(f"inputs_embeds has {embeds.shape[2]} channels, the tables have {width}")
+    tables = tables_of(family_of(model), model.embeddings)
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     flattened = inputs.get("cu_seq_lens_q") is not None
     if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != shape):
         reasons.append(f"attention_mask is not a tensor [{shape[0]}, {shape[1]}]")
-    if types is not None and tuple(types.shape) != shape:
-        reasons.append(f"token_type_ids has shape {list(types.shape)}, not {list(shape)}")
+    for name, _ in list(zip(INDICES, tables, strict=False))[2:]:
+        if inputs.get(name) is not None and tuple(inputs[name].shape) != shape:
+            reasons.append(f"{name} has shape {list(inputs[name].shape)}, not {list(shape)}")
     if positions is not None and tuple(positions.shape) not in (shape, (1, shape[1])):
         reasons.append(f"position_ids has shape {list(positions.shape)}, not {list(shape)}")
     reasons += flattened_reasons(inputs, shape)
     table = model.embeddings.position_embeddings.num_embeddings
-    for name, rows, rows_of in zip(INDICES, (ids, positions, types), family_of(model).tables, strict=False):
-        reasons += index_reasons(name, rows, getattr(model.embeddings, rows_of).num_embeddings)
+    for name, rows_of in zip(INDICES, tables, strict=False):
+        reasons += index_reasons(name, inputs.get(name), getattr(model.embeddings, rows_of).num_embeddings)
     if not flattened and positions is None and shape[1] > table - first_position(model):
         reasons.append(f"sequences of {shape[1]} tokens are longer than the position table allows")
     return reasons
@@ -157,10 +179,13 @@ def pack_inputs(inputs: dict[str, Any], state: State) -> tuple[Packing | None, s
     mask = inputs.get("attention_mask")
     if mask is None:
         return layers.pack_dense(batch, length, given.device), ""
-    mask = mask.to(given.device)
-    if not bool(mask[:, 0].to(torch.bool).all()):
+    packing, first = layers.pack_mask(mask.to(given.device))
+    if not first:
         return None, "column 0 of a row is masked (left padding or an empty row), and pad rows are read there"
-    packing = layers.pack_mask(mask)
+    if packing.indices is not None and (reason := exact_call.get()):
+        return None, reason
+    if packing.indices is not None and state.structure is not None and state.structure.other_pooler:
+        return None, "the pooler is not the stock model's, and may read pad rows"
     if packing.indices is not None and state.pad_output == "exact":
         return None, 'pad_output="exact" and the batch has padding'
     return packing, ""
@@ -184,26 +209,54 @@ def position_ids(model: Any, inputs: dict[str, Any], packing: Packing) -> Tensor
     return packing.pack(row.expand(batch, length))
 
 
-def embed(model: Any, inputs: dict[str, Any], packing: Packing) -> Tensor:
+def embed(model: Any, inputs: dict[str, Any], packing: Packing, p: float, seed: Tensor | None) -> Tensor:
     """The embeddings' output [T, H]. inputs_embeds stand in for the table of words, indexed by token."""
     tables: Any = model.embeddings
-    words, ids = tables.word_embeddings.weight, inputs.get("input_ids")
+    words, ids, word_padding = tables.word_embeddings.weight, inputs.get("input_ids"), -1
+    hooks = [] if ids is None else torch_private.hooks_of(tables.word_embeddings)
     if ids is not None:
-        ids = packing.pack(ids)
+        ids, word_padding = packing.pack(ids), padding_row(tables.word_embeddings)
     else:
         words = inputs["inputs_embeds"].flatten(0, 1)
         ids = packing.indices if packing.indices is not None else torch.arange(words.shape[0], device=words.device)
     positions = position_ids(model, inputs, packing)
     types = type_table = None
-    if "token_type_embeddings" in family_of(model).tables:
+    names = tables_of(family_of(model), tables)
+    if "token_type_embeddings" in names:
         types, type_table = inputs.get("token_type_ids"), tables.token_type_embeddings.weight
         types = tables.token_type_ids[0].index_select(0, positions) if types is None else packing.pack(types)
+        if "task_type_embeddings" in names:
+            types, type_table = with_task_types(types, tables, inputs.get("task_type_ids"), packing)
     norm = tables.LayerNorm
     x: Tensor = ops.embed_layer_norm(
         ids, types, positions, words, type_table, tables.position_embeddings.weight,
-        norm.weight, norm.bias, norm.eps,
-    )  # fmt: skip
+        norm.weight, norm.bias, norm.eps, p, seed if p else None,
+        word_padding, padding_row(tables.position_embeddings), wants_graph(words, (tables,)),
+    )[0]  # fmt: skip
+    if torch.is_grad_enabled() and any(map(hf.is_gradient_hook, hooks)):
+        x.requires_grad_()
     return x
+
+
+def padding_row(table: nn.Embedding) -> int:
+    """The row of a table that gets no gradient; -1: every row gets its own."""
+    return -1 if table.padding_idx is None else table.padding_idx
+
+
+def with_task_types(types: Tensor, tables: Any, given: Tensor | None, packing: Packing) -> tuple[Tensor, Tensor]:
+    """types [T] and task types → indices [T] into one table of all their sums. No task types: all are 0."""
+    kinds, tasks = tables.token_type_embeddings.weight, tables.task_type_embeddings.weight
+    table = (kinds[:, None] + tasks).flatten(0, 1)  # [types·tasks, H]
+    indices = types * tasks.shape[0]
+    return (indices if given is None else indices + packing.pack(given)), table
+
+
+def project(model: Any, cache: MatrixCache, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [T, E], the embeddings → [T, H], what the layers read: ELECTRA's two widths may differ."""
+    linear = getattr(model, family_of(model).projection or "", None)
+    if linear is None:
+        return x
+    return read_product((linear,), "projection", cache, dtype, wants_graph(x, (linear,)))(x.to(dtype))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -213,32 +266,57 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """The seed of this forward's dropout, [] int64 on the device, from torch's generator."""
+    limits = torch.iinfo(torch.int64)
+    return torch.randint(limits.min, limits.max, (), device=device)
+
+
+def run_layer(
+    modules: LayerModules, index: int, cache: MatrixCache, x: Tensor, packing: Packing, dtype: torch.dtype,
+    dropout: tuple[float, ...], seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """x [T, H] → the output [T, H] of one layer; under gradient checkpointing computed again in the backward."""
+
+    def compute(x: Tensor) -> Tensor:
+        graph = wants_graph(x, (*modules.linears(), *modules.norms()))
+        return layers.layer(x, read_layer(modules, index, cache, dtype, dropout, graph), packing, dtype, seed)
+
+    checkpoint = hf.checkpointing_of(modules.layer) if torch.is_grad_enabled() else None
+    return compute(x) if checkpoint is None else checkpoint(compute, x)
+
+
 def run(model: Any, structure: Structure, cache: MatrixCache, inputs: dict[str, Any], packing: Packing) -> Any:
     """The fast path: HuggingFace's output class from declared ops only; the pooler is HuggingFace's module."""
-    with torch.no_grad():
-        x = embed(model, inputs, packing)
-        dtype = compute_dtype(x)
-        stack = (read_layer(layer, f"layer.{i}", cache, dtype) for i, layer in enumerate(structure.layers))
-        wanted = inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
-        hidden = [packing.unpack(x)] if wanted else []
-        for output in layers.encode(x, stack, packing, dtype):
-            hidden += [packing.unpack(output)] if wanted else []
-            x = output
-        last = hidden[-1] if wanted else packing.unpack(x)
-    return build_output(model, last, tuple(hidden) if wanted else None)
+    p = rate(at(model, family_of(model).embeddings_dropout))
+    dropouts = [read_dropout(modules) for modules in structure.layers]
+    seed = draw_seed(packing.cu_seqlens.device) if p or any(dropouts) else None
+    x = embed(model, inputs, packing, p, seed)
+    stream, dtype = x.dtype, compute_dtype(x)
+    x = project(model, cache, x, dtype)
+    wanted = wanted_hidden_states(model, inputs) or set()
+    asked = bool(inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)))
+    # Under autocast a projection gives the low dtype, and on a CPU HuggingFace's LayerNorms keep what they are given.
+    given = x.dtype if x.device.type == "cpu" else stream
+    x, hidden = x.to(stream), list[Tensor | None]()
+    for i, modules in enumerate(structure.layers):
+        hidden.append(handed := packing.unpack(x.to(given)) if i in wanted else None)
+        if handed is not None and handed.requires_grad:
+            x = packing.pack(handed).to(stream)  # whoever changes its gradient changes the model's
+        x = run_layer(modules, i, cache, x, packing, dtype, dropouts[i], seed)
+    last = packing.unpack(x.to(given))
+    hidden.append(last if len(structure.layers) in wanted else None)
+    return build_output(model, last, tuple(hidden) if asked else None)
 
 
-def build_output(model: Any, last: Tensor, hidden: tuple[Tensor, ...] | None) -> Any:
+def build_output(model: Any, last: Tensor, hidden: tuple[Tensor | None, ...] | None) -> Any:
     """The output class of the family, as HuggingFace's own forward fills it."""
-    outputs = hf.stock_module("modeling_outputs")
-    if not family_of(model).pooler:
-        return outputs.BaseModelOutput(last_hidden_state=last, hidden_states=hidden)
+    family = family_of(model)
+    kind = getattr(hf.stock_module("modeling_outputs"), family.output)
+    if not family.pooler:
+        return kind(last_hidden_state=last, hidden_states=hidden)
     pooler = getattr(model, "pooler", None)
-    return outputs.BaseModelOutputWithPoolingAndCrossAttentions(
-        last_hidden_state=last,
-        pooler_output=None if pooler is None else pooler(last),
-        hidden_states=hidden,
-    )
+    return kind(last_hidden_state=last, pooler_output=None if pooler is None else pooler(last), hidden_states=hidden)
 
 
 def positional_parameters(function: Any) -> tuple[str, ...]:
@@ -253,10 +331,13 @@ def make_forward(stock: type[Any]) -> Any:
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch_private.transforms_active():
+        if torch.compiler.is_compiling():
             return stock.forward(self, *args, **kwargs)
         state: State | None = self.__dict__.get("_fastbert")
         if state is None:  # a user's subclass of ours, after `restore`
+            return stock.forward(self, *args, **kwargs)
+        if torch_private.transforms_active():
+            state.count("a trace, an export, a transform or FakeTensorMode is at work")
             return stock.forward(self, *args, **kwargs)
         if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
             return stock.forward(self, *args, **kwargs)  # which raises
@@ -266,14 +347,18 @@ def make_forward(stock: type[Any]) -> Any:
         if not reasons:
             packing, reason = pack_inputs(inputs, state)
             reasons = [reason]
-        state.calls["; ".join(reasons)] += 1
+        state.count("; ".join(reasons))
         if packing is None:
             warn_once(reasons)
+            if torch.is_grad_enabled():
+                state.cache = MatrixCache()  # a fused optimizer's step moves no version of a parameter
             return stock.forward(self, *args, **kwargs)
         output = run(self, structure, state.cache, inputs, packing)
         as_tuple = inputs.get("return_dict", getattr(self.config, "return_dict", True)) is False
         return output.to_tuple() if as_tuple else output
 
+    forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # whoever unwraps a forward that he replaced must stop at ours, not at the stock one
     return forward
 
 

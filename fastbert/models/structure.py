@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,16 +10,21 @@ import torch
 from torch import nn
 
 from fastbert import hf, torch_private
-from fastbert.models.families import Family
+from fastbert.models.families import Family, tables_of
 from fastbert.torch_private import parameter
 
 DEVICES = ("cpu", "cuda")
+# What may stand at the place of an nn.Linear: a row of its output depends on that row of its input alone, so that it
+# can be called on packed tokens.
+TOKENWISE = ("peft.tuners.lora.layer.Linear",)
+HOMES = ("transformers", "torch", "peft")  # the packages whose code the fast path knows
 
 
 @dataclass(frozen=True, slots=True)
 class LayerModules:
-    """The modules of one layer that the fast path reads, named as their paths in `Family`."""
+    """A layer and its modules that the fast path reads, named as their paths in `Family`."""
 
+    layer: Any
     attention: Any
     query: nn.Linear
     key: nn.Linear
@@ -29,6 +35,9 @@ class LayerModules:
     activation: Any
     w2: nn.Linear
     norm2: nn.LayerNorm
+    attention_dropout: nn.Dropout
+    out_dropout: nn.Dropout | None
+    ffn_dropout: nn.Dropout
 
     def linears(self) -> tuple[nn.Linear, ...]:
         return self.query, self.key, self.value, self.out, self.w1, self.w2
@@ -43,25 +52,29 @@ class Structure:
 
     Args:
         modules: all modules below the model (not itself: a cycle would keep its memory), with their `types`.
-        forwards: the forward of each type, and of the stock model.
-        fixed: those of `modules` that the fast path stands in for; the pooler's are called instead.
+        methods: what each type, and the stock model, computes by (hf.METHODS): class, name, function.
+        fixed: those of `modules` that the fast path stands in for; the pooler's and `tokenwise` ones are called.
+        tokenwise: the modules of a user that stand at the place of an nn.Linear.
         layers: empty if there are `reasons`.
         reasons: what the fast path does not compute.
+        other_pooler: the pooler is not the stock model's, and may read every row.
     """
 
     modules: tuple[nn.Module, ...]
     types: tuple[type, ...]
-    forwards: tuple[Any, ...]
+    methods: tuple[tuple[Any, str, Any], ...]
     fixed: tuple[nn.Module, ...]
+    tokenwise: tuple[nn.Module, ...]
     layers: tuple[LayerModules, ...]
     reasons: tuple[str, ...]
+    other_pooler: bool = False
 
     def fits(self, model: nn.Module, family: Family) -> bool:
-        """Whether the model still has these modules, of these types, with these forwards."""
+        """Whether the model still has these modules, of these types, with these methods."""
         modules = inner_modules(model)
         if modules != self.modules or tuple(type(m) for m in modules) != self.types:
             return False
-        return forwards_of(self.types, family) == self.forwards
+        return all(getattr(kind, name, None) is function for kind, name, function in self.methods)
 
 
 def inner_modules(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -69,10 +82,10 @@ def inner_modules(model: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(torch_private.submodules(model)[1:])
 
 
-def forwards_of(types: tuple[type, ...], family: Family) -> tuple[Any, ...]:
-    """The forward of the stock model and of each of these types."""
-    kinds: Any = (hf.stock_class(family.model), *dict.fromkeys(types))
-    return tuple(kind.forward for kind in kinds)
+def methods_of(types: Iterable[type], family: Family) -> tuple[tuple[Any, str, Any], ...]:
+    """Class, name and function of what the stock model and these types compute by."""
+    kinds = dict.fromkeys((hf.stock_class(family.model), *types))
+    return tuple((kind, name, getattr(kind, name)) for kind in kinds for name in hf.METHODS if hasattr(kind, name))
 
 
 def at(module: Any, path: str) -> Any:
@@ -84,24 +97,49 @@ def at(module: Any, path: str) -> Any:
 
 def layer_modules(layer: Any, family: Family) -> LayerModules:
     """A layer's modules by the paths of its family."""
-    return LayerModules(*(at(layer, getattr(family, field.name)) for field in fields(LayerModules)))
+    paths = {field.name: getattr(family, field.name) for field in fields(LayerModules)[1:]}
+    return LayerModules(layer, **{name: path and at(layer, path) for name, path in paths.items()})
 
 
 def examine(model: Any, family: Family) -> Structure:
     """Looks at everything in a model that does not change from call to call."""
     modules = inner_modules(model)
     types = tuple(type(m) for m in modules)
-    pooler = getattr(model, "pooler", None) if family.pooler else None
-    called = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
+    if family.refusal:
+        return Structure(modules, types, methods_of(types, family), modules, (), (), (family.refusal,))
+    called = called_modules(model, family)
     reasons = [f"transformers lacks {name}" for name in hf.missing()]
     reasons += [reason] if (reason := torch_private.module_fields_refusal()) else []
-    reasons += override_reasons(model, family) + patch_reasons(types, family)
-    reasons += role_reasons(model, family)
+    reasons += override_reasons(model, family)
+    reasons += patch_reasons(tuple(type(m) for m in modules if m not in called or kind_of(m) in TOKENWISE), family)
+    reasons += some(role_reasons(model, family))
     layers = () if reasons else tuple(layer_modules(layer, family) for layer in at(model, family.layers))
     if not reasons and family.positions == "after_padding" and model.embeddings.padding_idx is None:
         reasons.append("the embeddings have no padding_idx to count positions from")
     fixed = tuple(m for m in modules if m not in called)
-    return Structure(modules, types, forwards_of(types, family), fixed, layers, tuple(reasons))
+    tokenwise = tuple(m for m in modules if kind_of(m) in TOKENWISE)
+    pooler = getattr(model, "pooler", None) if family.pooler else None
+    other = pooler is not None and type(pooler).__module__ != hf.stock_class(family.model).__module__
+    return Structure(modules, types, methods_of(types, family), fixed, tokenwise, layers, tuple(reasons), other)
+
+
+def some(reasons: list[str], most: int = 3) -> list[str]:
+    """The first of many reasons, and how many more there are."""
+    rest = len(reasons) - most
+    return reasons[:most] + ([f"{rest} more modules are not the stock model's"] if rest > 0 else [])
+
+
+def kind_of(module: nn.Module) -> str:
+    """The full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def called_modules(model: Any, family: Family) -> set[nn.Module]:
+    """The modules that the fast path calls rather than stands in for: the pooler, TOKENWISE ones, and all inside."""
+    pooler = getattr(model, "pooler", None) if family.pooler else None
+    called = [pooler] if isinstance(pooler, nn.Module) else []
+    called += [module for module in model.modules() if kind_of(module) in TOKENWISE]
+    return {inner for module in called for inner in module.modules()}
 
 
 def override_reasons(model: Any, family: Family) -> list[str]:
@@ -115,30 +153,44 @@ def override_reasons(model: Any, family: Family) -> list[str]:
     return [f"{type(model).__name__} changes {', '.join(methods)}"] if methods else []
 
 
-def patch_reasons(types: tuple[type, ...], family: Family) -> list[str]:
-    """Which stock classes have a forward that was defined elsewhere."""
-    kinds: Any = (hf.stock_class(family.model), *dict.fromkeys(types))
-    stock = [kind for kind in kinds if kind is nn.ModuleList or kind.forward.__module__ == kind.__module__]
-    return [f"the forward of {kind.__name__} was replaced" for kind in kinds if kind not in stock]
+def patch_reasons(types: Iterable[type], family: Family) -> list[str]:
+    """Which stock classes have a method whose code stands elsewhere, whatever it calls itself."""
+    found = methods_of(types, family)
+    return [f"the {name} of {kind.__name__} was replaced" for kind, name, function in found if not at_home(function)]
+
+
+def at_home(function: Any) -> bool:
+    """Whether the code of a method, and of whatever decorates it, belongs to one of HOMES."""
+    while function is not None:
+        if getattr(function, "__globals__", {}).get("__name__", "").split(".")[0] not in HOMES:
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def role_reasons(model: Any, family: Family) -> list[str]:
     """Which modules are not what the stock model has at their place."""
-    roles: dict[str, type] = {f"embeddings.{name}": nn.Embedding for name in family.tables}
+    roles: dict[str, type] = {f"embeddings.{name}": nn.Embedding for name in tables_of(family, model.embeddings)}
     roles["embeddings.LayerNorm"] = nn.LayerNorm
+    roles[family.embeddings_dropout] = nn.Dropout
+    if hasattr(model, family.projection or ""):
+        roles[f"{family.projection}"] = nn.Linear
     activations = []
     for index in range(len(at(model, family.layers))):
         prefix = f"{family.layers}.{index}"
         roles |= {f"{prefix}.{path}": nn.Linear for path in family.linears()}
         roles |= {f"{prefix}.{path}": nn.LayerNorm for path in (family.norm1, family.norm2)}
+        roles |= {f"{prefix}.{path}": nn.Dropout for path in family.dropouts()}
         activations.append(f"{prefix}.{family.activation}")
     home, reasons = hf.stock_class(family.model).__module__, []
+    called = called_modules(model, family)
     for name, module in model.named_modules():
-        if not name or name.split(".")[0] == "pooler" or name in activations:
+        if not name or name in activations or (module in called and name not in roles):
             continue
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        kind = kind_of(module)
         if name in roles and type(module) is not roles[name]:
-            reasons.append(f"{name} is {kind}, not torch.nn.{roles[name].__name__}")
+            if roles[name] is not nn.Linear or kind not in TOKENWISE:
+                reasons.append(f"{name} is {kind}, not torch.nn.{roles[name].__name__}")
         elif name not in roles and type(module) not in (nn.Dropout, nn.ModuleList) and type(module).__module__ != home:
             reasons.append(f"{name} is {kind}, not a module of the stock model")
     names = {name for name, _ in model.named_modules()}
@@ -147,6 +199,8 @@ def role_reasons(model: Any, family: Family) -> list[str]:
 
 def model_reasons(model: Any, structure: Structure, family: Family) -> list[str]:
     """Why the model, as it is now, runs the stock path whatever it is called with."""
+    if family.refusal:
+        return [family.refusal]
     reasons = [*structure.reasons, *config_reasons(model)]
     if not structure.reasons:
         reasons += state_reasons(structure, model) or parameter_reasons(structure, model, family)
@@ -163,57 +217,77 @@ def config_reasons(model: Any) -> list[str]:
         reasons.append("the model has cross-attention")
     if getattr(config, "is_causal", False):
         reasons.append("the config asks for causal attention")
-    if getattr(config, "chunk_size_feed_forward", 0):
-        reasons.append(f"chunk_size_feed_forward is {config.chunk_size_feed_forward}")
-    position = getattr(config, "position_embedding_type", None) or "absolute"
-    if position != "absolute":
-        reasons.append(f"position_embedding_type is {position!r}, not 'absolute'")
+    reasons += position_reasons(config)
     if not hf.missing():
         reasons += hf.attention_reasons(model)
     return reasons
 
 
+def position_reasons(config: Any) -> list[str]:
+    """Whether the config asks for positions that transformers 5 no longer computes and runs as absolute ones."""
+    position = getattr(config, "position_embedding_type", None) or "absolute"
+    return [] if position == "absolute" else [f"position_embedding_type is {position!r}, not 'absolute'"]
+
+
+def forward_reasons(model: Any) -> list[str]:
+    """Why calling the model does not reach its class's forward: an instance's own that does not wrap it."""
+    found = model.__dict__.get("forward")
+    while found is not None:
+        if getattr(found, "__func__", found) is type(model).forward:
+            return []
+        found = getattr(found, "__wrapped__", None) or getattr(found, "__func__", None)
+    return ["the forward of the model was replaced on the instance"] if "forward" in model.__dict__ else []
+
+
 def state_reasons(structure: Structure, model: Any) -> list[str]:
-    """What may change from call to call in the modules: training mode, hooks, offloading, a replaced forward."""
-    if torch_private.global_forward_hooks():
-        return ["a hook on the forward of every module is set"]
-    if model.training:
-        return ["the model is in training mode"]
-    if any(name in model.__dict__ for name in hf.FORWARD_METHODS):
-        return ["a method of the model was replaced on the instance"]
-    for module in torch_private.unusual(structure.fixed, hf.OFFLOADED):
-        if module.training:
-            return [f"{name_of(module, model)} is in training mode"]
+    """What may change from call to call in the modules: hooks, offloading, a replaced forward."""
+    if torch_private.global_hooks():
+        return ["a hook on every module is set"]
+    if hf.CREATE_MASKS in model.__dict__:
+        return [f"{hf.CREATE_MASKS} was replaced on the instance"]
+    for module in structure.tokenwise:
+        if any(torch_private.hooks_of(inner) for inner in module.modules()):
+            return [f"a hook is set on or inside {name_of(module, model)}"]
+    for module in torch_private.unusual(structure.fixed, hf.MARKS):
         if hf.is_offloaded(module):
             return [f"{name_of(module, model)} is offloaded (it has an {hf.OFFLOADED})"]
-        if "forward" in module.__dict__:
-            return [f"the forward of {name_of(module, model)} was replaced"]
-        if any(not hf.is_capturing_hook(hook) for hook in torch_private.forward_hooks(module)):
-            return [f"a forward hook is set on {name_of(module, model)}"]
+        if replaced := sorted(hf.METHODS.intersection(module.__dict__)):
+            return [f"the {replaced[0]} of {name_of(module, model)} was replaced"]
+        words = module is model.embeddings.word_embeddings
+        hooks = [h for h in torch_private.hooks_of(module) if not (words and hf.is_gradient_hook(h))]
+        if any(not hf.is_capturing_hook(hook) for hook in hooks):
+            return [f"a hook is set on {name_of(module, model)}"]
     return []
 
 
 def parameter_reasons(structure: Structure, model: Any, family: Family) -> list[str]:
     """Which parameters are not what the fast path takes them for: real parameters, of one dtype, on one device."""
-    tables = [getattr(model.embeddings, name) for name in family.tables]
-    if any(table.max_norm is not None for table in tables):
-        return ["an embedding has a max_norm"]
+    tables = [getattr(model.embeddings, name) for name in tables_of(family, model.embeddings)]
+    if any(table.max_norm is not None or table.sparse or table.scale_grad_by_freq for table in tables):
+        return ["an embedding has a max_norm, sparse gradients, or gradients scaled by frequency"]
     dtype, device = tables[0].weight.dtype, tables[0].weight.device
     if device.type not in DEVICES:
         return [f"the model is on {device.type}; the fast path runs on {' and '.join(DEVICES)}"]
     found = [table.weight for table in tables]
     norms = [model.embeddings.LayerNorm]
+    projection = getattr(model, family.projection or "", None)
+    linears = [] if projection is None else [projection]
     for layer in structure.layers:
         if hf.gelu_of(layer.activation) is None:
             name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
             return [f"the activation is {name}, not an erf or tanh GELU"]
-        without = [parameter(linear, "bias") is None for linear in (layer.query, layer.key, layer.value)]
+        if getattr(layer.attention, "is_causal", False):
+            return [f"{name_of(layer.attention, model)} is causal"]
+        query_key_value = layer.query, layer.key, layer.value
+        without = [parameter(linear, "bias") is None for linear in query_key_value if type(linear) is nn.Linear]
         if any(without) and not all(without):
             return ["of query, key and value some have a bias and some have not"]
-        for linear in layer.linears():
+        linears += layer.linears()
+        norms += layer.norms()
+    for linear in linears:
+        if type(linear) is nn.Linear:
             weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
             found += [weight] if bias is None else [weight, bias]
-        norms += layer.norms()
     for norm in norms:
         gamma, beta = parameter(norm, "weight"), parameter(norm, "bias")
         if gamma is None or beta is None or len(norm.normalized_shape) != 1:
@@ -226,8 +300,6 @@ def parameter_reasons(structure: Structure, model: Any, family: Family) -> list[
             return [f"a weight is laid out as {tensor.layout}"]
         if tensor.dtype != dtype or tensor.device != device:
             return [f"the parameters are not all {dtype} on {device}"]
-    if torch.is_grad_enabled() and any(p.requires_grad for p in found):
-        return ["gradients are wanted, which the fast path has not yet: use torch.no_grad()"]
     return []
 
 

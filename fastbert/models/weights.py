@@ -7,16 +7,17 @@ values, because edits through `.data` (LoRA merges), numpy views and shared memo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import hf, ops, torch_private
-from fastbert.layers import LayerWeights
+from fastbert.layers import LayerWeights, Product
 from fastbert.models.structure import LayerModules
 from fastbert.ops import PackedWeight
-from fastbert.torch_private import parameter
+from fastbert.torch_private import own_parameters, parameter
 
 SAMPLES = 512
 
@@ -50,9 +51,14 @@ class MatrixCache:
     def __init__(self) -> None:
         self.entries: dict[str, Prepared] = {}
 
-    def get(self, name: str, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | PackedWeight:
-        """parameters [N_i, K] → their rows in one matrix [ΣN_i, K] of `dtype`, as the backend "torch" packs it."""
-        if not keeps_copies(parameters, dtype):
+    def get(
+        self, name: str, parameters: tuple[Tensor, ...], dtype: torch.dtype, graph: bool = False
+    ) -> Tensor | PackedWeight:
+        """parameters [N_i, K] → their rows in one matrix [ΣN_i, K] of `dtype`, as the backend "torch" packs it.
+
+        graph: gradients flow through the product; then it is the plain matrix, with the parameters in its graph.
+        """
+        if graph or not keeps_copies(parameters, dtype):
             self.entries.pop(name, None)
             return joined(parameters, dtype)
         stamp = (dtype, *[(p.data_ptr(), p.shape, p.stride(), torch_private.version(p)) for p in parameters])
@@ -87,32 +93,63 @@ def norm(module: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     return parameter(module, "weight"), parameter(module, "bias"), module.eps
 
 
-def read_layer(modules: LayerModules, name: str, cache: MatrixCache, dtype: torch.dtype) -> LayerWeights:
-    """The parameters of one layer as they are now, in the compute dtype. Call it under torch.no_grad()."""
-    qkv = (modules.query, modules.key, modules.value)
-    out, first, second = modules.out, modules.w1, modules.w2
+def read_product(
+    linears: tuple[nn.Module, ...], name: str, cache: MatrixCache, dtype: torch.dtype, graph: bool
+) -> Product:
+    """One product with the rows of all these linears, as they are now, in the compute dtype."""
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return Product(None, modules=linears)
+    biases = tuple(parameter(linear, "bias") for linear in linears)
+    weight = cache.get(name, tuple(parameter(linear, "weight") for linear in linears), dtype, graph)
+    return Product(weight, None if biases[0] is None else joined(biases, dtype))
+
+
+def wants_graph(x: Tensor, modules: Iterable[nn.Module]) -> bool:
+    """Whether gradients flow through what x and the parameters of these modules give."""
+    if not torch.is_grad_enabled():
+        return False
+    found = (p for m in modules for p in (own_parameters(m) if type(m) is nn.Linear else m.parameters()))
+    return x.requires_grad or any(p is not None and p.requires_grad for p in found)
+
+
+def rate(dropout: nn.Dropout | None, training: bool | None = None) -> float:
+    """The probability with which a dropout module drops now; `training`: instead of the module's own flag."""
+    if dropout is None or not (dropout.training if training is None else training):
+        return 0.0
+    return float(dropout.p)
+
+
+def read_dropout(modules: LayerModules) -> tuple[float, ...]:
+    """The dropout of one layer as it is now, by place; () where there is none.
+
+    Whether that of the attention probabilities is on HuggingFace asks the attention module, not its dropout.
+    """
+    attention = rate(modules.attention_dropout, modules.attention.training)
+    rates = attention, rate(modules.out_dropout), rate(modules.ffn_dropout)
+    return rates if any(rates) else ()
+
+
+def read_layer(
+    modules: LayerModules, index: int, cache: MatrixCache, dtype: torch.dtype, dropout: tuple[float, ...], graph: bool
+) -> LayerWeights:
+    """The parameters of one layer as they are now, in the compute dtype; graph: as in `MatrixCache.get`."""
     dim = int(modules.attention.attention_head_size)
     scale = getattr(modules.attention, "scaling", dim**-0.5)
 
-    def bias(*linears: nn.Linear) -> Tensor | None:
-        biases = tuple(parameter(m, "bias") for m in linears)
-        return None if biases[0] is None else joined(biases, dtype)
-
-    def weight(place: str, *linears: nn.Linear) -> Tensor | PackedWeight:
-        return cache.get(f"{name}.{place}", tuple(parameter(m, "weight") for m in linears), dtype)
+    def product(place: str, *linears: nn.Module) -> Product:
+        return read_product(linears, f"layer.{index}.{place}", cache, dtype, graph)
 
     return LayerWeights(
-        heads=modules.query.weight.shape[0] // dim,
+        heads=modules.query.out_features // dim,
         scale=float(scale),
         approximate=hf.gelu_of(modules.activation) or "none",
-        qkv_weight=weight("qkv", *qkv),
-        qkv_bias=bias(*qkv),
-        out_weight=weight("out", out),
-        out_bias=bias(out),
+        qkv=product("qkv", modules.query, modules.key, modules.value),
+        out=product("out", modules.out),
         norm1=norm(modules.norm1),
-        w1=weight("w1", first),
-        b1=bias(first),
-        w2=weight("w2", second),
-        b2=bias(second),
+        first=product("first", modules.w1),
+        second=product("second", modules.w2),
         norm2=norm(modules.norm2),
+        dropout=dropout,
+        index=index,
+        save=graph,
     )

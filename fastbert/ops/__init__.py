@@ -3,8 +3,11 @@
 from fastbert.ops.builtins import pack_weight, packs
 from fastbert.ops.declare import (
     ALL,
+    BACKWARD,
+    FORWARD,
     add_layer_norm,
     attention,
+    dropout_bits,
     embed_layer_norm,
     feed_forward,
     linear,
@@ -16,7 +19,7 @@ from fastbert.ops.packed import PackedWeight
 from fastbert.ops.registry import BACKENDS, Backend, BackendRefused, Call, Op, record, use_backend
 
 __all__ = [
-    "ALL", "BACKENDS", "Backend", "BackendRefused", "Call", "Op", "PackedWeight", "add_layer_norm", "attention",
-    "embed_layer_norm", "feed_forward", "linear", "linear_gelu", "pack_weight", "packs", "pad", "record",
-    "unpad", "use_backend",
+    "ALL", "BACKENDS", "BACKWARD", "FORWARD", "Backend", "BackendRefused", "Call", "Op", "PackedWeight",
+    "add_layer_norm", "attention", "dropout_bits", "embed_layer_norm", "feed_forward", "linear", "linear_gelu",
+    "pack_weight", "packs", "pad", "record", "unpad", "use_backend",
 ]  # fmt: skip

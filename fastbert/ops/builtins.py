@@ -7,15 +7,24 @@ where `torch_private` finds them; elsewhere by the plain built-ins.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import torch_private as private
+from fastbert.ops.dropout import (
+    EMBEDDINGS,
+    PER_COUNTER,
+    blocks,
+    keep_bytes,
+    keep_rows,
+    keep_scale,
+    kept,
+)
 from fastbert.ops.packed import PackedWeight
-from fastbert.ops.reference import keep_mask, keep_scale, statistics_dtype
+from fastbert.ops.reference import keep_mask, only, statistics_dtype
 
 SUMMED_COLUMNS = 192  # oneDNN adds products one after the other: over more of them fp32 is less exact than MKL
 FEW_ROWS, FEW_COLUMNS = 3, 512  # up to here MKL adds in another order, and is more exact still
@@ -23,36 +32,117 @@ SHORT_ROWS, MANY_PARTS = 16, 8  # up to so few rows MKL's one product is faster 
 BLOCK_ROWS = 512  # of [T, N] sums that should stay in a CPU's cache
 
 
-def unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
+def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
     real = mask.to(torch.bool)
     cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return real.flatten().nonzero().flatten(), cu_seqlens
+    return places(real, tokens), cu_seqlens
+
+
+def places(real: Tensor, tokens: int) -> Tensor:
+    """real [B, S] → where it holds [T] in B·S; tokens: T, or -1: the host waits for the device to learn it."""
+    flat = real.flatten()
+    return (flat.nonzero() if tokens < 0 else flat.nonzero_static(size=tokens)).flatten()
 
 
 def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
-    out = x.new_zeros(batch * length, x.shape[1])
-    return out.index_copy_(0, indices.long(), x).view(batch, length, x.shape[1])
+    out = x.new_zeros(batch, length, x.shape[1])
+    out.view(-1, x.shape[1]).index_copy_(0, indices.long(), x)
+    return out
+
+
+def pad_backward(grad: Tensor, indices: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[2]).index_select(0, indices)
+
+
+def embeddings(
+    ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
+    position_table: Tensor,
+) -> Tensor:  # fmt: skip
+    """The sum of the tables' rows [T, H], before LayerNorm."""
+    x = F.embedding(ids, words)
+    if types is not None and type_table is not None:
+        x = x + F.embedding(types, type_table)
+    return x + F.embedding(positions, position_table)
 
 
 def embed_layer_norm(
     ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
-    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0,
-) -> Tensor:  # fmt: skip
-    x = F.embedding(ids, words)
-    if types is not None and type_table is not None:
-        x = x + F.embedding(types, type_table)
-    return F.layer_norm(x + F.embedding(positions, position_table), gamma.shape, gamma, beta, eps)
+    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0, seed: Tensor | None = None,
+    word_padding: int = -1, position_padding: int = -1, save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x = embeddings(ids, types, positions, words, type_table, position_table)
+    y, mean, rstd = layer_norm(x, gamma, beta, eps)
+    keep = None if seed is None else keep_rows(seed, EMBEDDINGS, y.shape[0], y.shape[1], p)
+    return kept(y, keep, p), mean, rstd, x if save else x.new_empty(0)
+
+
+def embed_layer_norm_backward(
+    grad: Tensor, ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
+    position_table: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, pre: Tensor, p: float, seed: Tensor | None,
+    word_padding: int, position_padding: int, needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    x = pre if pre.dim() == 2 else embeddings(ids, types, positions, words, type_table, position_table)
+    keep = None if seed is None else keep_rows(seed, EMBEDDINGS, grad.shape[0], grad.shape[1], p)
+    grad = kept(grad, keep, p)
+    wanted = any(needed[:3]), needed[3], needed[4]
+    dx, dgamma, dbeta = layer_norm_backward(grad, x, gamma, mean, rstd, wanted)
+
+    def rows_added(want: bool, indices: Tensor | None, table: Tensor | None, padding: int) -> Tensor:
+        """dx [T, H] added up by row of a table, in the dtype of statistics."""
+        if not want or indices is None or table is None:
+            return (words if table is None else table).new_empty(0)
+        rows = dx.to(statistics_dtype(dx))
+        sums: Tensor = torch.ops.aten.embedding_dense_backward(rows, indices, table.shape[0], padding, False)
+        return sums.to(table.dtype)
+
+    dwords = rows_added(needed[0], ids, words, word_padding)
+    dtypes = rows_added(needed[1], types, type_table, -1)
+    dpositions = rows_added(needed[2], positions, position_table, position_padding)
+    return dwords, dtypes, dpositions, dgamma, dbeta
+
+
+def dropout_bits(
+    seed: Tensor, site: int, cu_seqlens: Tensor, tokens: int, max_seqlen: int, heads: int, p: float
+) -> Tensor:
+    device = seed.device
+    lengths = cu_seqlens.diff().long()
+    lengths = lengths.repeat_interleave(lengths, output_size=tokens)  # [T]
+    width = -(-max_seqlen // 32) * 4
+    out = torch.zeros(heads, tokens, width, dtype=torch.uint8, device=device)
+    first, head = torch.arange(width, device=device) * PER_COUNTER, torch.arange(heads, device=device)
+    whole = (slice(0, tokens), 1, max_seqlen)
+    for rows, _, length in runs(cu_seqlens) if device.type == "cpu" else (whole,):
+        counters = -(-length // PER_COUNTER)
+        for start, end in blocks(rows.stop - rows.start, counters * heads):
+            start, end = rows.start + start, rows.start + end
+            packed = keep_bytes(seed, site, torch.arange(start, end, device=device), length, head, p)
+            inside = (1 << (lengths[start:end, None] - first[:counters]).clamp(0, 8)) - 1
+            torch.bitwise_and(packed, inside.byte(), out=out[:, start:end, :counters])
+    return out.flatten().view(torch.int32).view(heads, tokens, width // 4)
 
 
 def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    if keep_bits is None and qkv.device.type == "cpu" and private.cpu_flash_refusal(qkv.dtype) is None:
-        return attention_cpu(qkv, cu_seqlens, scale)
     if keep_bits is None and not refuse_varlen(qkv):
         query, key, value = qkv.unbind(1)
         return private.varlen_attention(query, key, value, cu_seqlens, max_seqlen, scale)
-    return attention_padded(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p)
+    if qkv.device.type != "cpu":
+        return attention_padded(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p)
+    tokens, _, heads, dim = qkv.shape
+    out, lse = qkv.new_empty(tokens, heads, dim), qkv.new_empty(heads, tokens, dtype=statistics_dtype(qkv))
+    qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()  # the flash kernel takes the last stride for 1
+    flash = keep_bits is None and private.cpu_flash_refusal(qkv.dtype) is None
+    for rows, count, length in runs(cu_seqlens):
+        query, key, value = qkv[rows].view(count, length, 3, heads, dim).permute(2, 0, 3, 1, 4)  # [B, N, L, D]
+        if flash:
+            part, part_lse = private.cpu_flash_attention(query, key, value, scale)
+        else:
+            keep = keep_of(keep_bits, rows, count, length)
+            part, part_lse = attend(query, key, value, scale, keep, p)
+        out[rows].view(count, length, heads, dim).copy_(part.transpose(1, 2))
+        lse[:, rows].view(heads, count, length).copy_(part_lse.transpose(0, 1))
+    return out, lse
 
 
 def refuse_varlen(qkv: Tensor) -> list[str]:
@@ -65,58 +155,175 @@ def refuse_varlen(qkv: Tensor) -> list[str]:
     return [*reasons, missing] if missing else reasons
 
 
-def attention_cpu(qkv: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One call of the flash kernel for each run of neighbours of equal length."""
-    tokens, _, heads, dim = qkv.shape
-    qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()  # the kernel takes the last stride for 1
-    out, lse = qkv.new_empty(tokens, heads, dim), qkv.new_empty(heads, tokens, dtype=statistics_dtype(qkv))
-    bounds, start = cu_seqlens.tolist(), 0
-    lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
-    for length, run in itertools.groupby(lengths):
+def attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+    keep_bits: Tensor | None, p: float,
+) -> Tensor:  # fmt: skip
+    if qkv.device.type != "cpu":
+        return attention_padded_backward(grad, qkv, cu_seqlens, max_seqlen, scale, keep_bits, p)
+    heads, dim = qkv.shape[2:]
+    dqkv = qkv.new_empty(qkv.shape)
+    qkv, grad = qkv.contiguous(), grad.contiguous()
+    flash = keep_bits is None and private.cpu_flash_refusal(qkv.dtype) is None
+    if flash:  # which is slower and less exact in 16 bits
+        qkv, grad, out = (x.to(statistics_dtype(x)) for x in (qkv, grad, out))
+    for rows, count, length in runs(cu_seqlens):
+        query, key, value = qkv[rows].view(count, length, 3, heads, dim).permute(2, 0, 3, 1, 4)  # [B, N, L, D]
+        dout, o = (x[rows].view(count, length, heads, dim).transpose(1, 2) for x in (grad, out))
+        part_lse = lse[:, rows].view(heads, count, length).transpose(0, 1)  # [B, N, L]
+        if flash:
+            parts = private.cpu_flash_attention_backward(dout, query, key, value, o, part_lse, scale)
+        else:
+            keep = keep_of(keep_bits, rows, count, length)
+            parts = attend_backward(dout, query, key, value, scale, keep, p)
+        for place, part in enumerate(parts):
+            dqkv[rows, place].view(count, length, heads, dim).copy_(part.transpose(1, 2))
+    return dqkv
+
+
+def runs(cu_seqlens: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Neighbours of equal length: their rows, how many they are, their length. Reads cu_seqlens on the host."""
+    start = 0
+    for length, run in itertools.groupby(end - begin for begin, end in itertools.pairwise(cu_seqlens.tolist())):
         count = sum(1 for _ in run)
-        if length == 0:
-            continue
         end = start + count * length
-        query, key, value = qkv[start:end].view(count, length, 3, heads, dim).permute(2, 0, 3, 1, 4)  # [B, N, L, D]
-        part, part_lse = private.cpu_flash_attention(query, key, value, scale)
-        out[start:end].view(count, length, heads, dim).copy_(part.transpose(1, 2))
-        lse[:, start:end].view(heads, count, length).copy_(part_lse.transpose(0, 1))
+        if length:
+            yield slice(start, end), count, length
         start = end
-    return out, lse
+
+
+def keep_of(keep_bits: Tensor | None, rows: slice, count: int, length: int) -> Tensor | None:
+    """keep_bits [N, T, W] → which probabilities of a run are kept: bool [B, N, L, L]."""
+    if keep_bits is None:
+        return None
+    mine = keep_bits[:, rows].view(keep_bits.shape[0], count, length, -1)  # [N, B, L, W]
+    return keep_mask(mine, length).transpose(0, 1)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, keep: Tensor | None, p: float, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """query, key, value [B, N, L, D]; keep [B, N, L, L]; real [B, L], which keys there are → out [B, N, L, D], lse."""
+    wide = statistics_dtype(query)
+    scores = masked_scores(query.to(wide), key.to(wide), scale, real)
+    probabilities = scores.softmax(3)
+    if keep is not None:
+        probabilities = probabilities * keep * keep_scale(p)
+    return probabilities.to(value.dtype) @ value, scores.logsumexp(3)  # [B, N, L]
+
+
+def masked_scores(query: Tensor, key: Tensor, scale: float, real: Tensor | None) -> Tensor:
+    """query, key [B, N, L, D] → scores [B, N, L, L], -inf for keys that there are not."""
+    scores = query @ key.mT * scale
+    return scores if real is None else scores.masked_fill(~real[:, None, None], -torch.inf)
+
+
+def attend_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, keep: Tensor | None, p: float,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients [B, N, L, D] of query, key and value; dout is 0 in rows that there are not.
+
+    The probabilities are computed again, by softmax: from the rounded lse they would be less exact.
+    """
+    wide = statistics_dtype(query)
+    query, key, value, dout = (x.to(wide) for x in (query, key, value, dout))
+    probabilities = masked_scores(query, key, scale, real).softmax(3)
+    dprobabilities = dout @ value.mT
+    dropped = probabilities
+    if keep is not None:
+        factor = keep.to(wide) * keep_scale(p)
+        dprobabilities, dropped = dprobabilities * factor, probabilities * factor
+    products = probabilities * dprobabilities
+    dscores = (products - probabilities * products.sum(3, keepdim=True)) * scale  # dout·out, without out's rounding
+    return dscores @ key, dscores.mT @ query, dropped.mT @ dout
+
+
+def gathered(x: Tensor, rows: Tensor, real: Tensor) -> Tensor:
+    """x [T, ...] → its rows [B, S, ...], zeros in rows that there are not."""
+    return x[rows].masked_fill(~real.view(*real.shape, *[1] * (x.dim() - 1)), 0)
+
+
+def padded_rows(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """For every sequence padded to max_seqlen: the rows of its tokens [B, S], and which of them there are [B, S]."""
+    column = torch.arange(max_seqlen, device=cu_seqlens.device)
+    real = column < cu_seqlens.diff().long()[:, None]
+    return (cu_seqlens[:-1, None].long() + column).clamp(max=max(tokens - 1, 0)), real
 
 
 def attention_padded(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None, p: float
 ) -> tuple[Tensor, Tensor]:
-    """All sequences padded to the longest: no host read, any device, any dtype. Scores [B, N, S, S] in memory."""
-    tokens = qkv.shape[0]
-    lengths = cu_seqlens.diff().long()
-    column = torch.arange(max_seqlen, device=qkv.device)
-    real = column < lengths[:, None]  # [B, S]
-    rows = (cu_seqlens[:-1, None].long() + column).clamp(max=max(tokens - 1, 0))  # [B, S]
-    query, key, value = qkv[rows].permute(2, 0, 3, 1, 4)  # [B, N, S, D]
-    scores = (query @ key.mT).to(statistics_dtype(qkv)) * scale
-    scores = scores.masked_fill(~real[:, None, None], -torch.inf)
-    lse = scores.logsumexp(3)  # [B, N, S]
-    probabilities = (scores - lse.unsqueeze(3)).exp()
-    if keep_bits is not None:
-        keep = keep_mask(keep_bits[:, rows], max_seqlen).transpose(0, 1)  # [B, N, S, S]
-        probabilities = probabilities * keep * keep_scale(p)
-    out = (probabilities.to(qkv.dtype) @ value).transpose(1, 2)  # [B, S, N, D]
-    indices = real.flatten().nonzero().flatten()
-    return out.flatten(0, 1)[indices], lse.transpose(0, 1).flatten(1)[:, indices]
+    """All sequences padded to the longest: any device, any dtype. Scores [B, N, S, S] in memory."""
+    rows, real = padded_rows(cu_seqlens, max_seqlen, qkv.shape[0])
+    query, key, value = gathered(qkv, rows, real).permute(2, 0, 3, 1, 4)  # [B, N, S, D]
+    keep = None if keep_bits is None else keep_mask(keep_bits[:, rows], max_seqlen).transpose(0, 1)
+    out, lse = attend(query, key, value, scale, keep, p, real)
+    indices = places(real, qkv.shape[0])
+    return out.transpose(1, 2).flatten(0, 1)[indices], lse.transpose(0, 1).flatten(1)[:, indices]
+
+
+def attention_padded_backward(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None, p: float
+) -> Tensor:
+    rows, real = padded_rows(cu_seqlens, max_seqlen, qkv.shape[0])
+    query, key, value = gathered(qkv, rows, real).permute(2, 0, 3, 1, 4)  # [B, N, S, D]
+    dout = gathered(grad, rows, real).transpose(1, 2)
+    keep = None if keep_bits is None else keep_mask(keep_bits[:, rows], max_seqlen).transpose(0, 1)
+    parts = attend_backward(dout, query, key, value, scale, keep, p, real)
+    indices = places(real, qkv.shape[0])
+    return torch.stack([x.to(qkv.dtype).transpose(1, 2).flatten(0, 1)[indices] for x in parts], 1)
+
+
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, H] → y in x's dtype, mean [T], rstd [T]."""
+    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        gamma, beta = gamma.float(), beta.float()  # the CPU kernel keeps mean and rstd in gamma's dtype
+    elif gamma.dtype != x.dtype:
+        gamma, beta = gamma.to(x.dtype), beta.to(x.dtype)
+    y, mean, rstd = torch.native_layer_norm(x, gamma.shape, gamma, beta, eps)
+    return y, mean.squeeze(1), rstd.squeeze(1)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad, x [T, H] → dx in x's dtype, dgamma, dbeta [H] in gamma's; an empty tensor for what is not needed."""
+    wide = statistics_dtype(x) if x.device.type == "cpu" else x.dtype  # the CPU kernel adds up in x's dtype
+    gains = gamma.to(wide)
+    gradients = torch.ops.aten.native_layer_norm_backward(
+        grad.to(wide).contiguous(), x.to(wide), gamma.shape, mean[:, None], rstd[:, None], gains, gains, needed
+    )
+    dx, dgamma, dbeta = (x.new_empty(0) if g is None else g for g in gradients)
+    return dx.to(x.dtype), dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
+
+
+def before_norm(x: Tensor, bias: Tensor | None, residual: Tensor, keep: Tensor | None, p: float) -> Tensor:
+    """residual + dropout(x + bias) [T, H]."""
+    return residual + kept(x if bias is None else x + bias, keep, p)
 
 
 def add_layer_norm(
-    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = residual + (x if bias is None else x + bias)
-    if total.device.type == "cpu" and total.dtype in (torch.float16, torch.bfloat16):
-        gamma, beta = gamma.float(), beta.float()  # the CPU kernel keeps mean and rstd in gamma's dtype
-    elif gamma.dtype != total.dtype:
-        gamma, beta = gamma.to(total.dtype), beta.to(total.dtype)
-    y, mean, rstd = torch.native_layer_norm(total, gamma.shape, gamma, beta, eps)
-    return y.to(residual.dtype), mean.squeeze(1), rstd.squeeze(1)
+    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0,
+    seed: Tensor | None = None, site: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    keep = None if seed is None else keep_rows(seed, site, x.shape[0], x.shape[1], p)
+    y, mean, rstd = layer_norm(before_norm(x, bias, residual, keep, p), gamma, beta, eps)
+    return y.to(residual.dtype), mean, rstd
+
+
+def add_layer_norm_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor,
+    p: float, seed: Tensor | None, site: int, needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    keep = None if seed is None else keep_rows(seed, site, x.shape[0], x.shape[1], p)
+    total = before_norm(x, bias, residual, keep, p)
+    wanted = any(needed[:3]), needed[3], needed[4]
+    dtotal, dgamma, dbeta = layer_norm_backward(grad.to(total.dtype), total, gamma, mean, rstd, wanted)
+    dx = kept(dtotal, keep, p) if any(needed[:2]) else dtotal
+    dbias = x.new_empty(0) if bias is None else dx.sum(0, dtype=statistics_dtype(dx)).to(bias.dtype)
+    dresidual = dtotal.clone() if dx is dtotal and needed[0] else dtotal  # no two outputs share memory
+    return only(needed, dx.to(x.dtype), dbias, dresidual.to(residual.dtype), dgamma, dbeta)
 
 
 def packs(device: str, dtype: torch.dtype) -> bool:
@@ -181,27 +388,62 @@ def linear_of_few_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> 
     """
     columns = x.shape[1]
     width = 32 if columns < 256 else 64
-    stripe = torch.arange(columns) // width
-    own = stripe == torch.arange(int(stripe[-1]) + 1)[:, None]  # [stripes, K]
+    stripe = torch.arange(columns, device=x.device) // width
+    own = stripe == torch.arange(-(-columns // width), device=x.device)[:, None]  # [stripes, K]
     rows = torch.where(own, x[:, None], 0.0)  # [T, stripes, K]
     y = sum_of_parts(rows.flatten(0, 1), weight, None).view(*rows.shape[:2], -1).double().sum(1)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
+    return (
+        grad @ weight if needed[0] else x.new_empty(0),
+        grad.T @ x if needed[1] else x.new_empty(0),
+        grad.sum(0) if needed[2] else x.new_empty(0),
+    )
+
+
 def linear_gelu(
-    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, approximate: str = "none"
-) -> Tensor:
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, approximate: str = "none", save: bool = False
+) -> tuple[Tensor, Tensor]:
+    empty = x.new_empty(0)
     parts = weight.parts if isinstance(weight, PackedWeight) else ()
-    if len(parts) == 1 and approximate == "none" and x.shape[0] > FEW_ROWS:
+    if len(parts) == 1 and approximate == "none" and x.shape[0] > FEW_ROWS and not save:
         bias = None if bias is None else bias.contiguous()
-        return private.packed_linear_gelu(x, parts[0], bias)
-    return F.gelu(linear(x, weight, bias), approximate=approximate)  # oneDNN's tanh is off by 5e-3 where GELU is small
+        return private.packed_linear_gelu(x, parts[0], bias), empty
+    pre = linear(x, weight, bias)
+    y = F.gelu(pre, approximate=approximate)  # oneDNN's tanh is off by 5e-3 where GELU is small
+    return y, pre if save else empty
+
+
+def linear_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, approximate: str, needed: list[bool]
+) -> tuple[Tensor, ...]:
+    pre = pre if pre.dim() == 2 else F.linear(x, weight, bias)
+    return linear_backward(
+        torch.ops.aten.gelu_backward(grad.contiguous(), pre, approximate=approximate), x, weight, needed
+    )
 
 
 def feed_forward(
     x: Tensor, w1: Tensor | PackedWeight, b1: Tensor | None, w2: Tensor | PackedWeight, b2: Tensor | None,
-    approximate: str = "none",
-) -> Tensor:  # fmt: skip
-    if (is_summed(w1) or is_summed(w2)) and x.shape[0] > BLOCK_ROWS:
-        return by_rows(lambda rows: feed_forward(rows, w1, b1, w2, b2, approximate), x, w2.shape[0])
-    return linear(linear_gelu(x, w1, b1, approximate), w2, b2)
+    approximate: str = "none", save: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if (is_summed(w1) or is_summed(w2)) and x.shape[0] > BLOCK_ROWS and not save:
+        y = by_rows(lambda rows: feed_forward(rows, w1, b1, w2, b2, approximate)[0], x, w2.shape[0])
+        return y, x.new_empty(0)
+    inner, pre = linear_gelu(x, w1, b1, approximate, save)
+    return linear(inner, w2, b2), pre
+
+
+def feed_forward_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, pre: Tensor, approximate: str,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    pre = pre if pre.dim() == 2 else F.linear(x, w1, b1)
+    inner = F.gelu(pre, approximate=approximate) if needed[3] else pre
+    dinner, dw2, db2 = linear_backward(grad, inner, w2, [any(needed[:3]), *needed[3:]])
+    if not any(needed[:3]):
+        return dinner, x.new_empty(0), x.new_empty(0), dw2, db2
+    dx, dw1, db1 = linear_gelu_backward(dinner, x, w1, b1, pre, approximate, needed[:3])
+    return dx, dw1, db1, dw2, db2

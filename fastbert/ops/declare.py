@@ -11,16 +11,18 @@ from fastbert import native
 from fastbert.ops import builtins, reference
 from fastbert.ops.packed import PackedWeight
 from fastbert.ops.reference import statistics_dtype
-from fastbert.ops.registry import Backend, Op
+from fastbert.ops.registry import Backend, Gradient, Op
 
 
-def declare(name: str, schema: str, fake: Any, check: Any, refuse: Any = None, first: tuple[Backend, ...] = ()) -> Op:
-    """An op with the two backends that every op has, tried after those of `first`; `refuse`: what neither can do."""
-    op = Op(name, schema, fake, check)
+def declare(
+    name: str, schema: str, fake: Any, check: Any, gradient: Gradient | None = None, first: tuple[Backend, ...] = ()
+) -> Op:
+    """An op with the two backends that every op has, tried after those of `first`."""
+    op = Op(name, schema, fake, check, gradient)
     for backend in first:
         op.add(backend)
-    op.add(Backend("torch", getattr(builtins, name), refuse))
-    op.add(Backend("reference", getattr(reference, name), refuse))
+    op.add(Backend("torch", getattr(builtins, name)))
+    op.add(Backend("reference", getattr(reference, name)))
     return op
 
 
@@ -53,23 +55,44 @@ def integer_reasons(**tensors: Tensor | None) -> list[str]:
     ]
 
 
-def refuse_hidden_dropout(p: float) -> list[str]:
-    return [f"hidden dropout p = {p} needs the op dropout_bits, which no backend has yet"] if p else []
+def dropout_reasons(p: float, given: Tensor | None, what: str) -> list[str]:
+    """In words, why dropout with probability p cannot be done with what was given for it (a seed, keep bits)."""
+    reasons = [] if 0 <= p <= 1 else [f"p = {p} is no probability"]
+    if p == 0.0 if given is not None else p != 0.0:
+        reasons.append(f"p = {p} and {what} {'missing' if given is None else 'given'}: dropout needs both")
+    return reasons
+
+
+def seed_reasons(p: float, seed: Tensor | None) -> list[str]:
+    """In words, what is wrong with the seed of hidden dropout."""
+    reasons = dropout_reasons(p, seed, "seed")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        reasons.append(f"seed is {seed.dtype} {list(seed.shape)}, expected one int64")
+    return reasons
+
+
+def like_needed(needed: list[bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Empty gradients of the shapes of these tensors, and of shape [0] where they are not needed or there is none."""
+    some = next(t for t in tensors if t is not None)
+    return tuple(
+        some.new_empty(0) if t is None else t.new_empty(t.shape if wanted else 0)
+        for t, wanted in zip(tensors, needed, strict=True)
+    )
 
 
 # unpad
 
 
-def check_unpad(mask: Tensor) -> list[str]:
+def check_unpad(mask: Tensor, tokens: int = -1) -> list[str]:
     return shape_reasons(mask=(mask, (None, None)))
 
 
-def fake_unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = torch.library.get_ctx().new_dynamic_size()
-    return mask.new_empty(tokens, dtype=torch.int64), mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
+def fake_unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size() if tokens < 0 else tokens
+    return mask.new_empty(size, dtype=torch.int64), mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
 
 
-def refuse_native_unpad(mask: Tensor) -> list[str]:
+def refuse_native_unpad(mask: Tensor, tokens: int = -1) -> list[str]:
     reasons = native.refuse(mask.device.type)
     return (
         reasons if mask.dtype in native.MASK_DTYPES else [*reasons, f"the native unpad takes no mask of {mask.dtype}"]
@@ -78,7 +101,7 @@ def refuse_native_unpad(mask: Tensor) -> list[str]:
 
 unpad = declare(
     "unpad",
-    "(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)",
+    "(Tensor mask, SymInt tokens=-1) -> (Tensor indices, Tensor cu_seqlens)",
     fake_unpad,
     check_unpad,
     first=(Backend("cpu", native.unpad, refuse_native_unpad, devices=("cpu",)),),
@@ -96,14 +119,34 @@ def fake_pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
     return x.new_empty(batch, length, x.shape[1])
 
 
-pad = declare("pad", "(Tensor x, Tensor indices, SymInt batch, SymInt length) -> Tensor", fake_pad, check_pad)
+def check_pad_backward(grad: Tensor, indices: Tensor) -> list[str]:
+    reasons = shape_reasons(grad=(grad, (None, None, None)), indices=(indices, (None,)))
+    return reasons + integer_reasons(indices=indices)
+
+
+def fake_pad_backward(grad: Tensor, indices: Tensor) -> Tensor:
+    return grad.new_empty(indices.shape[0], grad.shape[2])
+
+
+pad_backward = declare(
+    "pad_backward", "(Tensor grad, Tensor indices) -> Tensor x", fake_pad_backward, check_pad_backward
+)
+
+pad = declare(
+    "pad",
+    "(Tensor x, Tensor indices, SymInt batch, SymInt length) -> Tensor out",
+    fake_pad,
+    check_pad,
+    Gradient(pad_backward, of=("x",)),
+)
 
 # embed_layer_norm
 
 
 def check_embed_layer_norm(
     ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
-    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0,
+    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0, seed: Tensor | None = None,
+    word_padding: int = -1, position_padding: int = -1, save: bool = False,
 ) -> list[str]:  # fmt: skip
     tokens, hidden = ids.shape[0], words.shape[-1]
     reasons = shape_reasons(
@@ -113,30 +156,84 @@ def check_embed_layer_norm(
     )  # fmt: skip
     if types is not None and type_table is None:
         reasons.append("types are given without a type_table")
-    return reasons + integer_reasons(ids=ids, types=types, positions=positions)
+    return reasons + integer_reasons(ids=ids, types=types, positions=positions) + seed_reasons(p, seed)
 
 
 def fake_embed_layer_norm(
     ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
-    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0,
-) -> Tensor:  # fmt: skip
-    return words.new_empty(ids.shape[0], words.shape[1])
+    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0, seed: Tensor | None = None,
+    word_padding: int = -1, position_padding: int = -1, save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mean, rstd = (words.new_empty(ids.shape[0], dtype=statistics_dtype(words)) for _ in range(2))
+    y = words.new_empty(ids.shape[0], words.shape[1])
+    return y, mean, rstd, torch.empty_like(y) if save else words.new_empty(0)
 
 
-def refuse_embed_layer_norm(
-    ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
-    position_table: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0,
+def check_embed_layer_norm_backward(
+    grad: Tensor, ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
+    position_table: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, pre: Tensor, p: float, seed: Tensor | None,
+    word_padding: int, position_padding: int, needed: list[bool],
 ) -> list[str]:  # fmt: skip
-    return refuse_hidden_dropout(p)
+    tokens, hidden = ids.shape[0], words.shape[-1]
+    reasons = shape_reasons(grad=(grad, (tokens, hidden)), mean=(mean, (tokens,)), rstd=(rstd, (tokens,)))
+    reasons += shape_reasons(pre=(pre, (tokens, hidden) if pre.dim() == 2 else (0,)))
+    forward = ids, types, positions, words, type_table, position_table, gamma, gamma, 0.0, p, seed
+    return reasons + check_embed_layer_norm(*forward)
 
+
+def fake_embed_layer_norm_backward(
+    grad: Tensor, ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
+    position_table: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, pre: Tensor, p: float, seed: Tensor | None,
+    word_padding: int, position_padding: int, needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return like_needed(needed, words, type_table, position_table, gamma, gamma)
+
+
+embed_layer_norm_backward = declare(
+    "embed_layer_norm_backward",
+    "(Tensor grad, Tensor ids, Tensor? types, Tensor positions, Tensor words, Tensor? type_table,"
+    " Tensor position_table, Tensor gamma, Tensor mean, Tensor rstd, Tensor pre, float p, Tensor? seed,"
+    " int word_padding, int position_padding, bool[] needed)"
+    " -> (Tensor words_grad, Tensor type_table_grad, Tensor position_table_grad, Tensor gamma_grad, Tensor beta_grad)",
+    fake_embed_layer_norm_backward,
+    check_embed_layer_norm_backward,
+)
 
 embed_layer_norm = declare(
     "embed_layer_norm",
     "(Tensor ids, Tensor? types, Tensor positions, Tensor words, Tensor? type_table, Tensor position_table,"
-    " Tensor gamma, Tensor beta, float eps, float p=0.0) -> Tensor",
+    " Tensor gamma, Tensor beta, float eps, float p=0.0, Tensor? seed=None, int word_padding=-1,"
+    " int position_padding=-1, bool save=False) -> (Tensor y, Tensor mean, Tensor rstd, Tensor pre)",
     fake_embed_layer_norm,
     check_embed_layer_norm,
-    refuse_embed_layer_norm,
+    Gradient(
+        embed_layer_norm_backward,
+        of=("words", "type_table", "position_table", "gamma", "beta"),
+        unread=("words", "type_table", "position_table"),
+    ),
+)
+
+# dropout_bits
+
+
+def check_dropout_bits(
+    seed: Tensor, site: int, cu_seqlens: Tensor, tokens: int, max_seqlen: int, heads: int, p: float
+) -> list[str]:
+    reasons = shape_reasons(cu_seqlens=(cu_seqlens, (None,))) + (seed_reasons(p, seed) if p else [])
+    return reasons if cu_seqlens.dtype == torch.int32 else [*reasons, f"cu_seqlens is {cu_seqlens.dtype}, not int32"]
+
+
+def fake_dropout_bits(
+    seed: Tensor, site: int, cu_seqlens: Tensor, tokens: int, max_seqlen: int, heads: int, p: float
+) -> Tensor:
+    return seed.new_empty(heads, tokens, (max_seqlen + 31) // 32, dtype=torch.int32)
+
+
+dropout_bits = declare(
+    "dropout_bits",
+    "(Tensor seed, int site, Tensor cu_seqlens, SymInt tokens, SymInt max_seqlen, int heads, float p) -> Tensor bits",
+    fake_dropout_bits,
+    check_dropout_bits,
 )
 
 # attention
@@ -147,13 +244,11 @@ def check_attention(
 ) -> list[str]:
     reasons = shape_reasons(qkv=(qkv, (None, 3, None, None)), cu_seqlens=(cu_seqlens, (None,)))
     if not reasons:
-        words = -(-max_seqlen // 32)
+        words = (max_seqlen + 31) // 32
         reasons += shape_reasons(keep_bits=(keep_bits, (qkv.shape[2], qkv.shape[0], words)))
     if cu_seqlens.dtype != torch.int32:
         reasons.append(f"cu_seqlens is {cu_seqlens.dtype}, expected int32")
-    if (keep_bits is None) != (p == 0.0):
-        reasons.append(f"p = {p} and keep_bits {'missing' if keep_bits is None else 'given'}: dropout needs both")
-    return reasons
+    return reasons + dropout_reasons(p, keep_bits, "keep_bits")
 
 
 def fake_attention(
@@ -163,96 +258,239 @@ def fake_attention(
     return qkv.new_empty(tokens, heads, dim), qkv.new_empty(heads, tokens, dtype=statistics_dtype(qkv))
 
 
+def check_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+    keep_bits: Tensor | None, p: float,
+) -> list[str]:  # fmt: skip
+    if reasons := check_attention(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p):
+        return reasons
+    tokens, _, heads, dim = qkv.shape
+    shape = tokens, heads, dim
+    return shape_reasons(grad=(grad, shape), out=(out, shape), lse=(lse, (heads, tokens)))
+
+
+def fake_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
+    keep_bits: Tensor | None, p: float,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty(qkv.shape)
+
+
+attention_backward = declare(
+    "attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
+    " Tensor? keep_bits, float p) -> Tensor qkv_grad",
+    fake_attention_backward,
+    check_attention_backward,
+)
+
 attention = declare(
     "attention",
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? keep_bits=None, float p=0.0)"
     " -> (Tensor out, Tensor lse)",
     fake_attention,
     check_attention,
+    Gradient(attention_backward, of=("qkv",)),
 )
 
 # add_layer_norm
 
 
 def check_add_layer_norm(
-    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0
-) -> list[str]:
+    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0,
+    seed: Tensor | None = None, site: int = 0,
+) -> list[str]:  # fmt: skip
     hidden = (x.shape[-1],)
     reasons = shape_reasons(x=(x, (None, None)), bias=(bias, hidden), gamma=(gamma, hidden), beta=(beta, hidden))
-    return reasons or shape_reasons(residual=(residual, tuple(x.shape)))
+    reasons = reasons or shape_reasons(residual=(residual, tuple(x.shape)))
+    return reasons + seed_reasons(p, seed)
 
 
 def fake_add_layer_norm(
-    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0,
+    seed: Tensor | None = None, site: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (residual.new_empty(residual.shape[0], dtype=statistics_dtype(residual)) for _ in range(2))
     return torch.empty_like(residual), mean, rstd
 
 
-def refuse_add_layer_norm(
-    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float, p: float = 0.0
-) -> list[str]:
-    return refuse_hidden_dropout(p)
+def check_add_layer_norm_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor,
+    p: float, seed: Tensor | None, site: int, needed: list[bool],
+) -> list[str]:  # fmt: skip
+    rows = (x.shape[0],)
+    reasons = shape_reasons(grad=(grad, tuple(x.shape)), mean=(mean, rows), rstd=(rstd, rows))
+    return reasons + check_add_layer_norm(x, bias, residual, gamma, gamma, 0.0, p, seed, site)
 
+
+def fake_add_layer_norm_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor,
+    p: float, seed: Tensor | None, site: int, needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return like_needed(needed, x, bias, residual, gamma, gamma)
+
+
+add_layer_norm_backward = declare(
+    "add_layer_norm_backward",
+    "(Tensor grad, Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor mean, Tensor rstd, float p,"
+    " Tensor? seed, int site, bool[] needed)"
+    " -> (Tensor x_grad, Tensor bias_grad, Tensor residual_grad, Tensor gamma_grad, Tensor beta_grad)",
+    fake_add_layer_norm_backward,
+    check_add_layer_norm_backward,
+)
 
 add_layer_norm = declare(
     "add_layer_norm",
-    "(Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, float p=0.0)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, float p=0.0, Tensor? seed=None,"
+    " int site=0) -> (Tensor y, Tensor mean, Tensor rstd)",
     fake_add_layer_norm,
     check_add_layer_norm,
-    refuse_add_layer_norm,
+    Gradient(add_layer_norm_backward, of=("x", "bias", "residual", "gamma", "beta")),
 )
 
-# linear, linear_gelu, feed_forward
+# linear
 
 
-def check_linear(
-    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, approximate: str = "none"
-) -> list[str]:
+def check_linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> list[str]:
     reasons = shape_reasons(x=(x, (None, None)), weight=(weight, (None, x.shape[-1])))
     reasons = reasons or shape_reasons(bias=(bias, (weight.shape[0],)))
-    if weight.dtype != x.dtype:
-        reasons.append(f"x is {x.dtype} and weight is {weight.dtype}")
-    if approximate not in ("none", "tanh"):
-        reasons.append(f"approximate is {approximate!r}, expected 'none' (erf) or 'tanh'")
-    return reasons
+    return reasons if weight.dtype == x.dtype else [*reasons, f"x is {x.dtype} and weight is {weight.dtype}"]
 
 
-def fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+def fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-linear = declare("linear", "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", fake_linear, check_linear)
+def check_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> list[str]:
+    return check_linear(x, weight) or shape_reasons(grad=(grad, (x.shape[0], weight.shape[0])))
+
+
+def fake_linear_backward(grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, ...]:
+    return like_needed(needed, x, weight, weight[:, 0])
+
+
+linear_backward = declare(
+    "linear_backward",
+    "(Tensor grad, Tensor x, Tensor weight, bool[] needed) -> (Tensor x_grad, Tensor weight_grad, Tensor bias_grad)",
+    fake_linear_backward,
+    check_linear_backward,
+)
+
+linear = declare(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor y",
+    fake_linear,
+    check_linear,
+    Gradient(linear_backward, of=("x", "weight", "bias")),
+)
+
+# linear_gelu
+
+
+def approximate_reasons(approximate: str) -> list[str]:
+    known = approximate in ("none", "tanh")
+    return [] if known else [f"approximate is {approximate!r}, expected 'none' (erf) or 'tanh'"]
+
+
+def check_linear_gelu(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, approximate: str = "none", save: bool = False
+) -> list[str]:
+    return check_linear(x, weight, bias) + approximate_reasons(approximate)
+
+
+def fake_linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none", save: bool = False
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    return y, torch.empty_like(y) if save else x.new_empty(0)
+
+
+def check_linear_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, approximate: str, needed: list[bool]
+) -> list[str]:
+    reasons = check_linear_gelu(x, weight, bias, approximate)
+    shape = x.shape[0], weight.shape[0]
+    return reasons or shape_reasons(grad=(grad, shape), pre=(pre, shape if pre.dim() == 2 else (0,)))
+
+
+def fake_linear_gelu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, pre: Tensor, approximate: str, needed: list[bool]
+) -> tuple[Tensor, ...]:
+    return like_needed(needed, x, weight, weight[:, 0])
+
+
+linear_gelu_backward = declare(
+    "linear_gelu_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str approximate, bool[] needed)"
+    " -> (Tensor x_grad, Tensor weight_grad, Tensor bias_grad)",
+    fake_linear_gelu_backward,
+    check_linear_gelu_backward,
+)
 
 linear_gelu = declare(
     "linear_gelu",
-    '(Tensor x, Tensor weight, Tensor? bias=None, str approximate="none") -> Tensor',
-    fake_linear,
-    check_linear,
+    '(Tensor x, Tensor weight, Tensor? bias=None, str approximate="none", bool save=False) -> (Tensor y, Tensor pre)',
+    fake_linear_gelu,
+    check_linear_gelu,
+    Gradient(linear_gelu_backward, of=("x", "weight", "bias"), unread=("bias",)),
 )
+
+# feed_forward
 
 
 def check_feed_forward(
     x: Tensor, w1: Tensor | PackedWeight, b1: Tensor | None, w2: Tensor | PackedWeight, b2: Tensor | None,
-    approximate: str = "none",
+    approximate: str = "none", save: bool = False,
 ) -> list[str]:  # fmt: skip
-    reasons = check_linear(x, w1, b1, approximate)
+    reasons = check_linear_gelu(x, w1, b1, approximate)
     reasons = reasons or shape_reasons(w2=(w2, (None, w1.shape[0])), b2=(b2, (w2.shape[0],)))
     return reasons if w2.dtype == x.dtype else [*reasons, f"x is {x.dtype} and w2 is {w2.dtype}"]
 
 
 def fake_feed_forward(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "none"
-) -> Tensor:
-    return x.new_empty(x.shape[0], w2.shape[0])
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str = "none",
+    save: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    pre = x.new_empty(x.shape[0], w1.shape[0]) if save else x.new_empty(0)
+    return x.new_empty(x.shape[0], w2.shape[0]), pre
 
+
+def check_feed_forward_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, pre: Tensor, approximate: str,
+    needed: list[bool],
+) -> list[str]:  # fmt: skip
+    if reasons := check_feed_forward(x, w1, b1, w2, None, approximate):
+        return reasons
+    saved = (x.shape[0], w1.shape[0]) if pre.dim() == 2 else (0,)
+    return shape_reasons(grad=(grad, (x.shape[0], w2.shape[0])), pre=(pre, saved))
+
+
+def fake_feed_forward_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, pre: Tensor, approximate: str,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return like_needed(needed, x, w1, w1[:, 0], w2, w2[:, 0])
+
+
+feed_forward_backward = declare(
+    "feed_forward_backward",
+    "(Tensor grad, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor pre, str approximate, bool[] needed)"
+    " -> (Tensor x_grad, Tensor w1_grad, Tensor b1_grad, Tensor w2_grad, Tensor b2_grad)",
+    fake_feed_forward_backward,
+    check_feed_forward_backward,
+)
 
 feed_forward = declare(
     "feed_forward",
-    '(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str approximate="none") -> Tensor',
+    '(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str approximate="none", bool save=False)'
+    " -> (Tensor y, Tensor pre)",
     fake_feed_forward,
     check_feed_forward,
+    Gradient(feed_forward_backward, of=("x", "w1", "b1", "w2", "b2"), unread=("b1",)),
 )
 
-ALL: tuple[Op, ...] = (unpad, pad, embed_layer_norm, attention, add_layer_norm, linear, linear_gelu, feed_forward)
+FORWARD: tuple[Op, ...] = (
+    unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
+)  # fmt: skip
+BACKWARD: tuple[Op, ...] = tuple(op.gradient.op for op in FORWARD if op.gradient is not None)
+ALL: tuple[Op, ...] = FORWARD + BACKWARD

@@ -7,6 +7,7 @@ or refuses it with reasons in words. The first backend of the order for the call
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 
-NO_BACKWARD = "fastbert.ops.{} has no backward yet: call it under torch.no_grad() or torch.inference_mode()"
+from fastbert.ops.packed import PackedWeight
+
+NO_BACKWARD = "fastbert.ops.{} cannot be differentiated: {}"
 
 _library = torch.library.Library("fastbert", "DEF")  # type: ignore[no-untyped-call]
 
@@ -60,6 +63,25 @@ class Call:
     shapes: tuple[tuple[int, ...], ...] = ()
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """How an op is differentiated: by another op.
+
+    That op takes the gradient of the first output, then whatever it names of the op's inputs and outputs, and last, if
+    it names it, `needed`: which of the gradients are wanted. What is not wanted it returns as an empty tensor.
+
+    Args:
+        op: the backward op.
+        of: the inputs whose gradients it returns, in the order of its outputs.
+        unread: inputs that it computes with only if the output `pre` was not saved, and else takes for their shape;
+            they may be edited in place between forward and backward.
+    """
+
+    op: Op
+    of: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+
+
 @dataclass
 class Op:
     """An op: callable, with its backends in order of preference.
@@ -68,17 +90,19 @@ class Op:
         name, schema: as torch.library takes them; the op is `torch.ops.fastbert.<name>` too.
         fake: gives empty outputs of the right shapes, for tracing.
         check: takes the op's arguments and returns what is wrong with them, in words.
+        gradient: how it is differentiated; None: not at all.
 
     Raises:
         ValueError: shapes or dtypes do not fit the op.
         BackendRefused: every backend that may run the call refuses it.
-        NotImplementedError: a gradient is asked for; the ops have no backward yet.
+        NotImplementedError: a gradient is asked for of an op that has none (discrete outputs, a `<op>_backward`).
     """
 
     name: str
     schema: str
     fake: Callable[..., Any]
     check: Callable[..., list[str]]
+    gradient: Gradient | None = None
     backends: dict[str, Backend] = field(default_factory=dict)
     _order: dict[str, tuple[Backend, ...]] = field(default_factory=dict)
 
@@ -86,11 +110,70 @@ class Op:
         _library.define(f"{self.name}{self.schema}")  # type: ignore[no-untyped-call]
         _library.impl(self.name, self.dispatch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"fastbert::{self.name}", self.fake, lib=_library)
-        torch.library.register_autograd(f"fastbert::{self.name}", self.no_backward, lib=_library)
+        if self.gradient is None:
+            torch.library.register_autograd(f"fastbert::{self.name}", self.no_backward, lib=_library)
+        else:
+            torch.library.register_autograd(
+                f"fastbert::{self.name}", self.backward, setup_context=self.save_for_backward, lib=_library
+            )
+
+    @functools.cached_property
+    def overload(self) -> Any:
+        """The op as torch.library knows it."""
+        return getattr(torch.ops.fastbert, self.name).default
+
+    def arguments(self) -> tuple[str, ...]:
+        """The names of the op's inputs."""
+        return tuple(argument.name for argument in self.overload._schema.arguments)
+
+    def returns(self) -> tuple[str, ...]:
+        """The names of the op's outputs."""
+        return tuple(output.name for output in self.overload._schema.returns)
 
     def no_backward(self, *args: Any) -> None:
-        """The backward of the op as torch.ops.fastbert knows it."""
-        raise NotImplementedError(NO_BACKWARD.format(self.name))
+        """The backward of an op that has none."""
+        kind = "differentiate the op it belongs to" if self.name.endswith("_backward") else "its outputs are discrete"
+        raise NotImplementedError(NO_BACKWARD.format(self.name, kind))
+
+    def save_for_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps what the backward op names; only the first output is differentiable."""
+        assert self.gradient is not None
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*outputs[1:])
+        known = dict(zip(self.arguments() + self.returns(), (*inputs, *outputs), strict=True))
+        named = [name for name in self.gradient.op.arguments()[1:] if name != "needed"]
+        unread = self.gradient.unread if "pre" in known and known["pre"].dim() == 2 else ()
+        ctx.names = [name for name in named if isinstance(known[name], torch.Tensor) and name not in unread]
+        ctx.save_for_backward(*(known[name] for name in ctx.names))
+        ctx.others = {
+            name: value for name, value in known.items() if name in self.arguments() and name not in ctx.names
+        }
+        ctx.forced = _forced.get()
+
+    def backward(self, ctx: Any, grad: Any, *others: Any) -> tuple[Any, ...]:
+        """The gradients of the inputs, by the backward op."""
+        assert self.gradient is not None
+        wanted = dict(zip(self.arguments(), ctx.needs_input_grad, strict=False))  # trailing defaults are left out
+        known = ctx.others | dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        if torch.is_grad_enabled():  # create_graph=True
+            return self.backward_with_graph(grad, known, wanted)
+        known["needed"] = [wanted.get(name, False) for name in self.gradient.of]
+        token = _forced.set(ctx.forced)  # the choice of the forward; autograd may run in another thread
+        try:
+            grads = self.gradient.op.overload(grad, *(known[name] for name in self.gradient.op.arguments()[1:]))
+        finally:
+            _forced.reset(token)
+        by_name = dict(zip(self.gradient.of, grads if isinstance(grads, tuple) else (grads,), strict=True))
+        return tuple(by_name[name] if wanted[name] else None for name in wanted)
+
+    def backward_with_graph(self, grad: Any, known: dict[str, Any], wanted: dict[str, bool]) -> tuple[Any, ...]:
+        """The gradients of the inputs by the reference, whose steps autograd can differentiate again."""
+        of = [name for name in wanted if wanted[name]]
+        known |= {name: known[name].view_as(known[name]) for name in of}  # an input may come from another one
+        output = self.backends["reference"].run(*(known[name] for name in self.arguments()))
+        first = output[0] if isinstance(output, tuple) else output
+        grads = dict(zip(of, torch.autograd.grad(first, [known[n] for n in of], grad, create_graph=True), strict=True))
+        return tuple(grads.get(name) for name in wanted)
 
     def add(self, backend: Backend) -> None:
         """Adds a backend behind those there; `reference`, the specification, is always tried last."""
@@ -116,10 +199,10 @@ class Op:
             bound = inspect.signature(self.backends["reference"].run).bind(*args, **kwargs)
             bound.apply_defaults()
             args = bound.args
-        if torch.compiler.is_compiling():
-            return getattr(torch.ops.fastbert, self.name)(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            raise NotImplementedError(NO_BACKWARD.format(self.name))
+        if torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        ):
+            return self.overload(*(a.to_dense() if isinstance(a, PackedWeight) else a for a in args))
         return self.dispatch(*args)
 
     def dispatch(self, *args: Any) -> Any:

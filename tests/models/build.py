@@ -9,10 +9,12 @@ import torch
 import transformers
 from torch import nn
 
+from fastbert.models.families import FAMILIES
 from fastbert.parity import enliven
 from fastbert.parity_models import ragged_batch
 
 ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+ERNIE = {"vocab_size": 40000, "max_position_embeddings": 2048, "type_vocab_size": 4, "use_task_id": True}
 CONFIGS = {  # the fields in which the hub's configs differ from the classes' defaults, which are bert-base-uncased's
     "bert-base": transformers.BertConfig(),
     "bert-large, 2 layers": transformers.BertConfig(
@@ -23,22 +25,16 @@ CONFIGS = {  # the fields in which the hub's configs differ from the classes' de
     "roberta-base": transformers.RobertaConfig(**ROBERTA),
     "distilroberta-base": transformers.RobertaConfig(**ROBERTA, num_hidden_layers=6),
     "distilbert-base": transformers.DistilBertConfig(),
+    "electra-small-discriminator": transformers.ElectraConfig(),
+    "ernie-3.0-base-zh, 2 layers": transformers.ErnieConfig(**ERNIE, num_hidden_layers=2),
 }
-HEADS = {
-    "bert": (
-        "BertForPreTraining", "BertLMHeadModel", "BertForMaskedLM", "BertForNextSentencePrediction",
-        "BertForSequenceClassification", "BertForMultipleChoice", "BertForTokenClassification",
-        "BertForQuestionAnswering",
-    ),
-    "roberta": (
-        "RobertaForCausalLM", "RobertaForMaskedLM", "RobertaForSequenceClassification", "RobertaForMultipleChoice",
-        "RobertaForTokenClassification", "RobertaForQuestionAnswering",
-    ),
-    "distilbert": (
-        "DistilBertForMaskedLM", "DistilBertForSequenceClassification", "DistilBertForQuestionAnswering",
-        "DistilBertForTokenClassification", "DistilBertForMultipleChoice",
-    ),
-}  # fmt: skip
+LARGER = {  # families whose layers are BERT's, line by line
+    "ernie-3.0-base-zh": transformers.ErnieConfig(**ERNIE),
+    "xlm-roberta-base": transformers.XLMRobertaConfig(**ROBERTA | {"vocab_size": 250002}),
+    "camembert-base": transformers.CamembertConfig(**ROBERTA | {"vocab_size": 32005}),
+    "data2vec-text-base": transformers.Data2VecTextConfig(**ROBERTA),
+}
+HEADS = {family.name: family.heads for family in FAMILIES}
 
 
 def build(config: Any, seed: int = 0) -> nn.Module:
@@ -77,5 +73,31 @@ def head_inputs(model: nn.Module, lengths: tuple[int, ...], choices: int = 2) ->
     """A ragged batch; for a multiple-choice model, its rows in pairs, each choice of its own length."""
     inputs = ragged_batch(model, lengths)
     if type(model).__name__.endswith("MultipleChoice"):
+        inputs.pop("task_type_ids", None)  # which ErnieForMultipleChoice does not take apart
         return {name: x.unflatten(0, (-1, choices)) for name, x in inputs.items()}
     return inputs
+
+
+def head_labels(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Random labels of the kind that a head takes; -100 at masked positions."""
+    config, head, ids = model.config, type(model).__name__, inputs["input_ids"]
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(classes: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, classes, shape or (len(ids),), generator=generator)
+
+    if head.endswith("QuestionAnswering"):
+        return {"start_positions": draw(ids.shape[1]), "end_positions": draw(ids.shape[1])}
+    if head.endswith("ForNextSentencePrediction"):
+        return {"labels": draw(2)}
+    if head.endswith("ForSequenceClassification"):
+        return {"labels": draw(config.num_labels)}
+    if head.endswith("ForMultipleChoice"):
+        return {"labels": draw(ids.shape[1])}
+    classes = config.num_labels if head.endswith("ForTokenClassification") else config.vocab_size
+    if head == "ElectraForPreTraining":
+        classes = 2  # was the token replaced
+    labels = {"labels": draw(classes, *ids.shape).masked_fill(inputs["attention_mask"] == 0, -100)}
+    if head.endswith("ForPreTraining") and head != "ElectraForPreTraining":
+        labels["next_sentence_label"] = draw(2)
+    return labels

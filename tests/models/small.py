@@ -10,14 +10,18 @@ import fastbert
 from fastbert.models.families import FAMILIES
 from fastbert.parity import enliven, judge
 
-CONFIGS = {
-    "bert": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96},
-    "roberta": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96},
+SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+CONFIGS = {family.name: SIZES for family in FAMILIES} | {
     "distilbert": {"n_layers": 2, "dim": 64, "n_heads": 4, "hidden_dim": 96},
+    "electra": {**SIZES, "embedding_size": 32},
+    "ernie": {**SIZES, "use_task_id": True, "task_type_vocab_size": 3},
 }
 VOCABULARY, LONGEST, LABELS = 99, 48, 3
-HEADS = [(family.name, head) for family in FAMILIES for head in family.heads]
-BASES = [(family.name, family.model) for family in FAMILIES]
+ALL_HEADS = [(family.name, head) for family in FAMILIES for head in family.heads]
+ALL_BASES = [(family.name, family.model) for family in FAMILIES]
+REFUSED = ["mpnet"]  # what no op computes
+HEADS = [(family, head) for family, head in ALL_HEADS if family not in REFUSED]
+BASES = [(family, base) for family, base in ALL_BASES if family not in REFUSED]
 
 
 def config(family: str, **changes: object) -> transformers.PreTrainedConfig:
@@ -52,9 +56,20 @@ def batch(family: str, lengths: tuple[int, ...] = (33, 1, 16, 7), width: int | N
     mask = (torch.arange(width or max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(5, VOCABULARY, mask.shape, generator=generator)
     inputs = {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
-    if family == "bert":
+    if family in ("bert", "electra", "ernie"):
         inputs["token_type_ids"] = torch.randint(0, 2, mask.shape, generator=generator) * mask
+    if family == "ernie":
+        inputs["task_type_ids"] = torch.randint(0, 3, mask.shape, generator=generator) * mask
     return inputs
+
+
+def head_batch(name: str, family: str, lengths: tuple[int, ...] = (33, 1, 16, 7)) -> dict[str, torch.Tensor]:
+    """`batch` for a class with a head: multiple choice takes its rows as the choices of one question."""
+    inputs = batch(family, lengths)
+    if "MultipleChoice" not in name:
+        return inputs
+    inputs.pop("task_type_ids", None)  # which ErnieForMultipleChoice does not take apart
+    return {k: v.unsqueeze(0) for k, v in inputs.items()}
 
 
 def assert_parity(expected: nn.Module, model: nn.Module, **inputs: torch.Tensor) -> None:

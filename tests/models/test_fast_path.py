@@ -1,6 +1,7 @@
 """What the fast path is made of: declared ops only, padding dropped once, the same class, checkpoint and outputs."""
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -10,10 +11,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert import ops
-from fastbert.models.accelerate import PUBLIC_CLASSES
-from tests.models.small import BASES, HEADS, assert_parity, batch, config, config_for, pair, reasons, stock
+from fastbert.models.accelerate import PUBLIC_CLASSES, fast_class, head_class
+from fastbert.models.families import AUTO_CLASSES, ERNIE, FAMILIES
+from tests.models.small import (
+    ALL_BASES,
+    ALL_HEADS,
+    BASES,
+    HEADS,
+    REFUSED,
+    assert_parity,
+    batch,
+    config,
+    config_for,
+    head_batch,
+    pair,
+    reasons,
+    stock,
+)
 
 LAYER = ["linear", "attention", "linear", "add_layer_norm", "feed_forward", "add_layer_norm"]
+PROJECTION = {"electra": ["linear"]}  # from the width of the embeddings to that of the layers
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +44,8 @@ def test_each_layer_calls_exactly_the_ops_of_the_design(family, name):
     _, model = pair(name, family)
     with ops.record() as calls:
         model(**batch(family))
-    assert [c.op for c in calls] == ["unpad", "embed_layer_norm", *LAYER, *LAYER, "pad"]
+    projection = PROJECTION.get(family, [])
+    assert [c.op for c in calls] == ["unpad", "embed_layer_norm", *projection, *LAYER, *LAYER, "pad"]
     tokens, width = 33 + 1 + 16 + 7, 64
     assert all(c.shapes[0][0] == tokens for c in calls if c.op not in ("unpad", "pad"))
     assert calls[-1].shapes[0] == (tokens, width)
@@ -67,15 +85,15 @@ def test_no_built_in_computes_between_the_ops(family, name, monkeypatch):
     between = seen[seen.index("op embed_layer_norm") + 1 : seen.index("op pad")]
     outside = {name for name in between if not name.startswith("op ")}
     assert outside <= views | weights, outside - views - weights
-    assert [name for name in between if name.startswith("op ")] == [f"op {name}" for name in LAYER * 2]
+    assert [name for name in between if name.startswith("op ")] == [
+        f"op {name}" for name in PROJECTION.get(family, []) + LAYER * 2
+    ]
 
 
 @pytest.mark.parametrize(("family", "name"), HEADS + BASES)
 def test_outputs_have_the_stock_classes_and_fields(family, name):
     expected, model = pair(name, family)
-    inputs = batch(family)
-    if "MultipleChoice" in name:
-        inputs = {k: v.unsqueeze(0) for k, v in inputs.items()}
+    inputs = head_batch(name, family)
     a, b = expected(**inputs, output_hidden_states=True), model(**inputs, output_hidden_states=True)
     assert type(a) is type(b) and a.keys() == b.keys()
     assert len(a.hidden_states) == len(b.hidden_states) == 3
@@ -114,11 +132,13 @@ def test_accelerate_returns_the_object_and_restore_undoes_it():
     assert fastbert.accelerate(model) is model
     model(**batch("bert"))
     assert {id(p) for p in model.parameters()} == ids
-    assert type(model) is transformers.BertForMaskedLM and type(model.bert) is fastbert.BertModel
+    assert type(model) is fastbert.BertForMaskedLM and type(model.bert) is fastbert.BertModel
+    assert isinstance(model, transformers.BertForMaskedLM) and type(model).__name__ == "BertForMaskedLM"
     assert isinstance(model.bert, transformers.BertModel) and type(model.bert).__name__ == "BertModel"
     assert repr(model) == repr(before)
     assert fastbert.restore(model) is model
-    assert type(model.bert) is transformers.BertModel and "_fastbert" not in model.bert.__dict__
+    assert type(model) is transformers.BertForMaskedLM and type(model.bert) is transformers.BertModel
+    assert "_fastbert" not in model.bert.__dict__
     assert repr(model) == repr(before)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before.state_dict()[name]), name
@@ -143,33 +163,69 @@ def test_question_answering_keeps_pad_rows_exact_by_itself():
     assert "" in reasons(model)
 
 
-@pytest.mark.parametrize(("family", "name"), HEADS + BASES)
-def test_classes_by_import_are_the_stock_ones_made_fast(family, name, tmp_path):
-    torch.manual_seed(0)
-    model = getattr(fastbert, name)(config_for(name, family)).eval()
-    assert type(model).__name__ == name and isinstance(model, getattr(transformers, name))
-    model.save_pretrained(tmp_path)
-    again = getattr(transformers, name).from_pretrained(tmp_path)
-    assert again.config.architectures == [name]
-    loaded = getattr(fastbert, name).from_pretrained(tmp_path).eval()
-    assert loaded.state_dict().keys() == again.state_dict().keys()
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(value, again.state_dict()[key]), key
-    assert type(pickle.loads(pickle.dumps(loaded))) is type(loaded)
-    if "QuestionAnswering" not in name and "LMHead" not in name and "CausalLM" not in name:
-        inputs = batch(family)
-        loaded(**({k: v.unsqueeze(0) for k, v in inputs.items()} if "MultipleChoice" in name else inputs))
-        assert reasons(loaded) == [""]
+def saved(model, folder):
+    """The files that a model saves: name → bytes."""
+    model.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
-def test_auto_classes(name, family, tmp_path):
-    getattr(transformers, name).from_config(config(family)).save_pretrained(tmp_path)
-    model = getattr(fastbert, name).from_pretrained(tmp_path).eval()
-    model(**batch(family))
+@pytest.mark.parametrize(("family", "name"), ALL_HEADS + ALL_BASES)
+def test_classes_by_import_and_accelerated_ones_are_the_stock_ones_made_fast(family, name, tmp_path):
+    """Nothing that a user can save or print tells them from the stock class, but the module of the class."""
+    expected = stock(name, family)
+    files, text = saved(expected, tmp_path / "stock"), repr(expected)
+    loaded = getattr(fastbert, name).from_pretrained(tmp_path / "stock").eval()
+    accelerated = fastbert.accelerate(copy.deepcopy(expected))
+    for ours in (loaded, accelerated, pickle.loads(pickle.dumps(loaded)), copy.deepcopy(accelerated)):
+        assert type(ours).__name__ == name and isinstance(ours, getattr(transformers, name)) and repr(ours) == text
+        assert list(ours.state_dict()) == list(expected.state_dict())
+        if family not in REFUSED and "QuestionAnswering" not in name:
+            ours(**head_batch(name, family))
+            assert reasons(ours) == [""]
+    assert type(loaded).__module__ == "fastbert"
+    assert saved(loaded, tmp_path / "loaded") == files == saved(accelerated, tmp_path / "accelerated")
+    assert loaded.config.architectures == accelerated.config.architectures == [name]
+    restored = fastbert.restore(accelerated)
+    assert type(restored) is getattr(transformers, name) and saved(restored, tmp_path / "restored") == files
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_a_family_has_every_head_that_transformers_has(family):
+    module = importlib.import_module(getattr(transformers, family.model).__module__)
+    assert set(family.heads) == {name for name in module.__all__ if "For" in name or "LMHead" in name}
+
+
+@pytest.mark.parametrize("name", AUTO_CLASSES)
+def test_auto_classes(name, tmp_path):
+    """Every Auto class that knows one of our families, for every family that it knows."""
+    ours, theirs, made = getattr(fastbert, name), getattr(transformers, name), []
+    for family, _ in ALL_BASES:
+        own = config_for(name, family)
+        if type(own) not in theirs._model_mapping:
+            continue
+        model = ours.from_config(own).eval()
+        made.append(model)
+        assert type(model).__name__ == type(theirs.from_config(own)).__name__
+        if family in REFUSED or "QuestionAnswering" in name:
+            continue
+        model(**head_batch(name, family))
+        assert reasons(model) == [""]
+    assert made or name == "AutoModelForSeq2SeqLM"
+    for model in made[:1]:
+        model.save_pretrained(tmp_path)
+        loaded = ours.from_pretrained(tmp_path).eval()
+        assert reasons(loaded) == [] and type(loaded).__name__ == type(model).__name__
+
+
+def test_the_auto_class_of_an_encoder_and_decoder(tmp_path):
+    encoder, decoder = config("bert"), config("bert", is_decoder=True, add_cross_attention=True)
+    both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    transformers.EncoderDecoderModel(both).save_pretrained(tmp_path)
+    model = fastbert.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    model(**batch("bert"), decoder_input_ids=torch.ones(4, 2, dtype=torch.long))
     assert reasons(model) == [""]
-    assert hasattr(getattr(fastbert, name).from_config(config(family)).base_model, "_fastbert")
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        fastbert.AutoModelForSeq2SeqLM.from_config(encoder)
 
 
 def test_auto_class_of_another_family_comes_back_stock(tmp_path):
@@ -233,9 +289,29 @@ def test_names_that_are_not_there():
     with pytest.raises(ImportError):
         from fastbert import GPT2Model  # noqa: F401
     assert "accelerate" not in fastbert.__all__ and "accelerate" in dir(fastbert)
-    assert set(fastbert.__all__) == {*PUBLIC_CLASSES, "explain", "restore", "use_backend"}
+    assert set(fastbert.__all__) == {*PUBLIC_CLASSES, "explain", "pool", "restore", "use_backend"}
     for name in fastbert.__all__:
         assert getattr(fastbert, name) is not None
+
+
+class OlderTransformers:
+    """A transformers that has no ERNIE."""
+
+    def __getattr__(self, name):
+        if name.startswith("Ernie"):
+            raise AttributeError(f"module transformers has no attribute {name}")
+        return getattr(transformers, name)
+
+
+def test_a_class_that_transformers_lacks_is_missing_by_name_only(monkeypatch):
+    expected = stock("BertForMaskedLM", "bert")
+    monkeypatch.setattr("fastbert.hf.transformers", OlderTransformers())
+    for make, name in [(head_class, "ErnieForMaskedLM"), (fast_class, ERNIE)]:
+        with pytest.raises(AttributeError, match="no attribute Ernie"):
+            make.__wrapped__(name)  # not out of the cache of another test
+    model = fastbert.accelerate(expected)
+    model(**batch("bert"))
+    assert reasons(model) == [""] and type(fastbert.restore(model)) is transformers.BertForMaskedLM
 
 
 def test_what_accelerate_refuses_in_words():
@@ -255,7 +331,7 @@ def test_explain_says_what_runs_where():
     _, model = pair("BertForSequenceClassification", "bert")
     model(**batch("bert"))
     text = str(fastbert.explain(model))
-    assert "bert (BertModel): fast path in eval mode" in text
+    assert "bert (BertModel): fast path" in text
     assert "1 forward so far: fast" in text and "packed copies of weights" in text
     assert "\n  attention: torch" in text and "\n  unpad: cpu" in text
     with fastbert.use_backend("reference"):

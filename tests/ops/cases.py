@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import stock
-from benchmarks.stock import linear_gelu as linear_gelu_stock
 from fastbert import ops
 from fastbert.ops import reference
+from tests.ops import philox
 
+SEED = -(2**40) - 7  # both words of the key differ from 0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 STEPS = {"float32": 2**-24, "bfloat16": 2**-9, "float16": 2**-12}
@@ -79,8 +80,6 @@ class Spec:
         inputs: case → (name, arguments in float64) of each call; dtype-dependent ones take the dtype.
         stock: the formula as HuggingFace or torch.nn writes it, in the dtype of its inputs: `base` of the rule.
             Nothing of fastbert stands in it.
-        outputs: names of the outputs.
-        elementwise: judge per binade.
         weights: which arguments are matrices that a backend may want packed.
         rows: which arguments have a row a token, for the tests that change one sequence.
     """
@@ -88,10 +87,17 @@ class Spec:
     op: ops.Op
     inputs: Callable[[Case, torch.dtype], Iterator[tuple[str, Arguments]]]
     stock: Callable[..., Any]
-    outputs: tuple[str, ...]
-    elementwise: bool = False
     weights: tuple[int, ...] = ()
     rows: tuple[int, ...] = (0,)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.op.returns()
+
+    def elementwise(self, output: str) -> bool:
+        """Whether an output, or a gradient ("x_grad"), is judged per binade."""
+        op = self.op.gradient.op if output not in self.outputs else self.op
+        return output in stock.ELEMENTWISE.get(op.name, ())
 
     @property
     def reference(self) -> Callable[..., Any]:
@@ -115,6 +121,9 @@ def attention_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Argu
     peaked = qkv.clone()
     peaked[:, 0] *= 8  # scores of size 8: nearly one-hot softmax rows
     yield "peaked", (peaked, case.cu_seqlens(), max(case.lengths), case.dim**-0.5)
+    p = 0.1
+    bits = philox.bits(SEED, 0, case.cu_seqlens(), max(case.lengths), case.heads, p)
+    yield "dropout", (qkv, case.cu_seqlens(), max(case.lengths), case.dim**-0.5, bits, p)
 
 
 # add_layer_norm, embed_layer_norm
@@ -136,6 +145,17 @@ def add_layer_norm_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str,
     if case.tokens > 256:  # a row shares its mean's rounding error: base's is no measure in a few rows
         yield "large mean", (x, None, residual + 30, *gamma_beta, 1e-12)
     yield "zeros", (x * 0, None, residual * 0, *gamma_beta, 1e-12)
+    yield "dropout", (x, bias, residual, *gamma_beta, 1e-12, 0.1, torch.tensor(SEED), 6)
+    yield "half dropped, no bias", (x, None, residual, *gamma_beta, 1e-12, 0.5, torch.tensor(SEED), 1)
+
+
+def add_layer_norm_stock(x, bias, residual, gamma, beta, eps, p=0.0, seed=None, site=0) -> tuple[torch.Tensor, ...]:
+    dropout = on(x.device, philox.hidden(int(seed), site, *x.shape, p)) if p else None
+    return stock.add_layer_norm_and_statistics(x, bias, residual, gamma, beta, eps, dropout)
+
+
+def on(device: torch.device, dropout: tuple[torch.Tensor, float]) -> tuple[torch.Tensor, float]:
+    return dropout[0].to(device), dropout[1]
 
 
 def embed_layer_norm_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
@@ -145,11 +165,22 @@ def embed_layer_norm_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[st
     hidden, gamma_beta = case.hidden, gain_and_shift(case.hidden)
     ids, types, positions = rows(29) * 3 % 29, rows(2), rows(512)
     words, kinds = normal(29, hidden, like="words", scale=0.02), normal(2, hidden, like="types", scale=0.02)
-    places = normal(512, hidden, like="positions", scale=0.02)
+    places = normal(max(case.lengths) + 3, hidden, like="positions", scale=0.02)
     yield "", (ids, types, positions, words, kinds, places, *gamma_beta, 1e-12)
     yield "no types", (ids, None, positions, words, None, places, *gamma_beta, 1e-5)
     yield "int32", (ids.int(), types.int(), positions.int(), words, kinds, places, *gamma_beta, 1e-12)
     yield "small variance", (ids, types, positions, words / 20, kinds / 20, places / 20, *gamma_beta, 1e-12)
+    seed = torch.tensor(SEED)
+    yield "dropout, padding", (ids, types, positions, words, kinds, places, *gamma_beta, 1e-12, 0.1, seed, 3, 1)
+    yield "saved", (ids, types, positions, words, kinds, places, *gamma_beta, 1e-12, 0.0, None, -1, -1, True)
+
+
+def embed_layer_norm_stock(
+    ids, types, positions, words, kinds, places, gamma, beta, eps, p=0.0, seed=None, *rest
+) -> tuple[torch.Tensor, ...]:
+    dropout = on(ids.device, philox.hidden(int(seed), 3, *ids.shape, words.shape[1], p)) if p else None
+    arguments = ids, types, positions, words, kinds, places, gamma, beta, eps, dropout, *rest
+    return stock.embed_layer_norm_and_statistics(*arguments)
 
 
 # linear, linear_gelu, feed_forward
@@ -165,8 +196,10 @@ def linear_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Argumen
 def linear_gelu_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
     hidden, wide = case.hidden, case.intermediate
     x, weight = normal(case.tokens, hidden, like="x"), normal(wide, hidden, like="w1", scale=hidden**-0.5)
-    yield "", (x, weight, normal(wide, like="b1", scale=0.1), "none")
+    bias = normal(wide, like="b1", scale=0.1)
+    yield "", (x, weight, bias, "none")
     yield "tanh", (x, weight, None, "tanh")
+    yield "saved", (x, weight, bias, "none", True)
 
 
 def all_values(dtype: torch.dtype) -> torch.Tensor:
@@ -196,23 +229,16 @@ def feed_forward_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, A
     hidden, wide = case.hidden, case.intermediate
     x, w1 = normal(case.tokens, hidden, like="x"), normal(wide, hidden, like="w1", scale=hidden**-0.5)
     w2, b2 = normal(hidden, wide, like="w2", scale=wide**-0.5), normal(hidden, like="b2", scale=0.1)
-    yield "", (x, w1, normal(wide, like="b1", scale=0.1), w2, b2, "none")
+    b1 = normal(wide, like="b1", scale=0.1)
+    yield "", (x, w1, b1, w2, b2, "none")
     yield "tanh, no biases", (x, w1, None, w2, None, "tanh")
+    yield "saved", (x, w1, b1, w2, b2, "none", True)
 
 
-ATTENTION = Spec(ops.attention, attention_inputs, stock.attention_and_lse, ("out", "lse"))
-ADD_LAYER_NORM = Spec(
-    ops.add_layer_norm,
-    add_layer_norm_inputs,
-    stock.add_layer_norm_and_statistics,
-    ("y", "mean", "rstd"),
-    elementwise=True,
-    rows=(0, 2),
-)
-EMBED_LAYER_NORM = Spec(
-    ops.embed_layer_norm, embed_layer_norm_inputs, stock.embed_layer_norm, ("y",), elementwise=True, rows=()
-)
-LINEAR = Spec(ops.linear, linear_inputs, stock.linear, ("y",), weights=(1,))
-LINEAR_GELU = Spec(ops.linear_gelu, linear_gelu_inputs, linear_gelu_stock, ("y",), weights=(1,))
-FEED_FORWARD = Spec(ops.feed_forward, feed_forward_inputs, stock.feed_forward, ("y",), weights=(1, 3))
+ATTENTION = Spec(ops.attention, attention_inputs, stock.attention_and_lse)
+ADD_LAYER_NORM = Spec(ops.add_layer_norm, add_layer_norm_inputs, add_layer_norm_stock, rows=(0, 2))
+EMBED_LAYER_NORM = Spec(ops.embed_layer_norm, embed_layer_norm_inputs, embed_layer_norm_stock, rows=())
+LINEAR = Spec(ops.linear, linear_inputs, stock.linear, weights=(1,))
+LINEAR_GELU = Spec(ops.linear_gelu, linear_gelu_inputs, stock.linear_gelu_and_pre, weights=(1,))
+FEED_FORWARD = Spec(ops.feed_forward, feed_forward_inputs, stock.feed_forward_and_pre, weights=(1, 3))
 SPECS = (ATTENTION, ADD_LAYER_NORM, EMBED_LAYER_NORM, LINEAR, LINEAR_GELU, FEED_FORWARD)

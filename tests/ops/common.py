@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
 import torch
 
 from fastbert import ops
@@ -60,10 +59,10 @@ def judged(
         ref = as_tuple(spec.reference(*cast(rounded, torch.float64)))
         base = as_tuple(spec.stock(*cast(rounded, dtype, backend.device)))
         for i, output in enumerate(spec.outputs):
-            if case.tokens < 16 and output in ("mean", "rstd"):
+            if case.tokens < 32 and output in ("mean", "rstd"):
                 continue  # base's error in a few numbers is no measure; y shows theirs
             check = "/".join([spec.op.name, str(backend), output, *([name] if name else [])])
-            yield check, (ours[i].cpu(), ref[i], base[i].cpu(), spec.elementwise and i == 0)
+            yield check, (ours[i].cpu(), ref[i], base[i].cpu(), spec.elementwise(output))
 
 
 def test_parity(spec, case, dtype, backend, parity):
@@ -112,6 +111,8 @@ def test_other_sequences_do_not_matter(spec, dtype, backend):
                 changed[i][start:end] = value
             after = backend(spec, tuple(changed))
             for old, new in zip(before, after, strict=True):
+                if not old.numel():  # what was not to be saved
+                    continue
                 dim = old.shape.index(EDGES.tokens)
                 assert torch.equal(*(x.movedim(dim, 0)[others.to(x.device)] for x in (old, new)))
             assert not all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
@@ -136,7 +137,7 @@ def test_strided_inputs(spec, dtype, backend, parity):
         base = as_tuple(spec.stock(*arguments))
         for i, output in enumerate(spec.outputs):
             check = "/".join([spec.op.name, str(backend), output, "strided", *([name] if name else [])])
-            parity(ours[i].cpu(), ref[i], base[i].cpu(), name=check, elementwise=spec.elementwise and i == 0)
+            parity(ours[i].cpu(), ref[i], base[i].cpu(), name=check, elementwise=spec.elementwise(output))
 
 
 def test_inputs_are_not_written(spec, dtype, backend):
@@ -154,26 +155,6 @@ def test_opcheck(spec, dtype):
         for _, exact in spec.inputs(case, dtype):
             overload = getattr(torch.ops.fastbert, spec.op.name).default
             torch.library.opcheck(overload, cast(exact, dtype), test_utils=("test_schema", "test_faketensor"))
-
-
-def test_gradcheck_of_the_reference(spec):
-    """The reference is differentiable: the specification of the backward to come."""
-    case = Case("gradcheck", (3, 0, 1), 2, 4, 5, "small enough for numeric gradients")
-    for name, exact in spec.inputs(case, torch.float64):
-        if name in ("", "no bias", "tanh"):
-            arguments = [
-                a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-                for a in exact
-            ]
-            assert torch.autograd.gradcheck(spec.reference, arguments)
-
-
-def test_a_gradient_is_refused_in_words(spec):
-    _, exact = next(iter(spec.inputs(EDGES, torch.float32)))
-    arguments = cast(exact, torch.float32)
-    wanted = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-    with pytest.raises(NotImplementedError, match=f"fastbert.ops.{spec.op.name} has no backward yet"):
-        spec.op(*wanted)
 
 
 def verdicts(spec: Spec, case: Case, dtype: torch.dtype, backend: Backend) -> Iterator[tuple[str, float]]:

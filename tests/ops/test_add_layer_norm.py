@@ -5,10 +5,10 @@ import torch
 
 from fastbert import ops
 from tests.ops.cases import ADD_LAYER_NORM as SPEC
+from tests.ops.cases import cast
 from tests.ops.common import (  # noqa: F401
-    test_a_gradient_is_refused_in_words,
+    EDGES,
     test_dtypes_and_shapes,
-    test_gradcheck_of_the_reference,
     test_inputs_are_not_written,
     test_opcheck,
     test_other_sequences_do_not_matter,
@@ -17,14 +17,24 @@ from tests.ops.common import (  # noqa: F401
     test_reruns_are_bitwise_equal,
     test_strided_inputs,
 )
-
-
-def test_hidden_dropout_is_refused_in_words(backend):
-    x, ones = torch.ones(3, 4, device=backend.device), torch.ones(4, device=backend.device)
-    with pytest.raises(
-        ops.BackendRefused, match=r"hidden dropout p = 0\.1 needs the op dropout_bits, which no backend has"
-    ):
-        backend(SPEC, (x, None, x, ones, ones, 1e-12, 0.1))
+from tests.ops.gradients import (  # noqa: F401
+    gradients,
+    ref_and_base,
+    test_a_backward_op_is_not_differentiated_itself,
+    test_gradcheck,
+    test_gradients,
+    test_gradients_are_bitwise_the_same_again,
+    test_gradients_of_strided_tensors,
+    test_gradients_share_no_memory,
+    test_no_tokens_no_gradient,
+    test_only_what_is_needed_is_returned,
+    test_opcheck_of_gradients,
+    test_opcheck_of_the_backward,
+    test_other_sequences_get_no_gradient,
+    test_reference_gradients_are_the_formulas,
+    test_second_derivatives,
+    upstream,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +60,17 @@ def test_an_fp32_residual_stream_stays_fp32(dtype, backend):
     wide = [a.double() for a in (x, residual, gamma, beta)]
     expected = torch.nn.functional.layer_norm(wide[0] + wide[1], (64,), *wide[2:], 1e-12)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_beside_an_fp32_residual_stream(dtype, plain_backend, parity):
+    """As under autocast: x and bias in 16 bits, residual and gains in fp32; each gradient in the dtype of its input."""
+    for name, exact in SPEC.inputs(EDGES, dtype):
+        wide = cast(exact, torch.float32, plain_backend.device)
+        narrow = cast(cast(exact, dtype), dtype, plain_backend.device)
+        mixed = (*narrow[:2], *wide[2:])
+        grad, ref, base = ref_and_base(SPEC, mixed, upstream(SPEC, mixed, torch.float32, name).to(plain_backend.device))
+        for output, ours in gradients(SPEC, mixed, grad, plain_backend).items():
+            given = mixed[SPEC.op.arguments().index(output.removesuffix("_grad"))]
+            assert ours.dtype == given.dtype == base[output].dtype
+            check = f"add_layer_norm_backward/{plain_backend}/{output}/fp32 residual/{name}"
+            parity(ours.cpu(), ref[output], base[output].cpu(), name=check, elementwise=SPEC.elementwise(output))

@@ -8,9 +8,7 @@ from tests.ops.cases import EMBED_LAYER_NORM as SPEC
 from tests.ops.cases import cast
 from tests.ops.common import (  # noqa: F401
     EDGES,
-    test_a_gradient_is_refused_in_words,
     test_dtypes_and_shapes,
-    test_gradcheck_of_the_reference,
     test_inputs_are_not_written,
     test_opcheck,
     test_parity,
@@ -18,32 +16,38 @@ from tests.ops.common import (  # noqa: F401
     test_reruns_are_bitwise_equal,
     test_strided_inputs,
 )
+from tests.ops.gradients import (  # noqa: F401
+    test_a_backward_op_is_not_differentiated_itself,
+    test_gradcheck,
+    test_gradients,
+    test_gradients_are_bitwise_the_same_again,
+    test_gradients_of_strided_tensors,
+    test_gradients_share_no_memory,
+    test_no_tokens_no_gradient,
+    test_only_what_is_needed_is_returned,
+    test_opcheck_of_gradients,
+    test_opcheck_of_the_backward,
+    test_reference_gradients_are_the_formulas,
+    test_second_derivatives,
+)
 
 
 def call(**changes):
-    names = ("ids", "types", "positions", "words", "type_table", "position_table", "gamma", "beta", "eps", "p")
     _, exact = next(iter(SPEC.inputs(EDGES, torch.float32)))
-    arguments = dict(zip(names, (*cast(exact, torch.float32), 0.0), strict=True)) | changes
-    return ops.embed_layer_norm(*arguments.values())
+    arguments = dict(zip(SPEC.op.arguments(), cast(exact, torch.float32), strict=False)) | changes
+    return ops.embed_layer_norm(**arguments)
 
 
 def test_a_row_is_a_function_of_its_token_alone(dtype, backend):
     """A token's row does not depend on the others, nor on the table's other rows, here NaN."""
     _, exact = next(iter(SPEC.inputs(EDGES, dtype)))
     ids, types, positions, words, *rest = cast(exact, dtype, backend.device)
-    (before,) = backend(SPEC, (ids, types, positions, words, *rest))
+    before, *_ = backend(SPEC, (ids, types, positions, words, *rest))
     poisoned = words.clone()
     poisoned[28] = torch.nan
-    (after,) = backend(SPEC, (ids, types, positions, poisoned, *rest))
+    after, *_ = backend(SPEC, (ids, types, positions, poisoned, *rest))
     assert torch.equal(before[ids != 28], after[ids != 28])
     assert after[ids == 28].isnan().all()
-
-
-def test_hidden_dropout_is_refused_in_words():
-    with pytest.raises(
-        ops.BackendRefused, match=r"hidden dropout p = 0\.1 needs the op dropout_bits, which no backend has"
-    ):
-        call(p=0.1)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,7 @@ import torch
 from fastbert import ops
 from tests.ops.cases import FEED_FORWARD
 from tests.ops.common import (  # noqa: F401
-    test_a_gradient_is_refused_in_words,
     test_dtypes_and_shapes,
-    test_gradcheck_of_the_reference,
     test_inputs_are_not_written,
     test_opcheck,
     test_other_sequences_do_not_matter,
@@ -16,6 +14,22 @@ from tests.ops.common import (  # noqa: F401
     test_reference_is_the_formula,
     test_reruns_are_bitwise_equal,
     test_strided_inputs,
+)
+from tests.ops.gradients import (  # noqa: F401
+    test_a_backward_op_is_not_differentiated_itself,
+    test_gradcheck,
+    test_gradients,
+    test_gradients_are_bitwise_the_same_again,
+    test_gradients_of_strided_tensors,
+    test_gradients_share_no_memory,
+    test_no_tokens_no_gradient,
+    test_only_what_is_needed_is_returned,
+    test_opcheck_of_gradients,
+    test_opcheck_of_the_backward,
+    test_other_sequences_get_no_gradient,
+    test_reference_gradients_are_the_formulas,
+    test_second_derivatives,
+    test_the_slope_of_gelu_over_the_full_range,
 )
 
 SPEC = FEED_FORWARD
@@ -50,4 +64,7 @@ def test_it_is_two_products(dtype, backend):
     if backend.packed:
         w1, w2 = ops.pack_weight(w1), ops.pack_weight(w2)
     with ops.use_backend(backend.name):
-        assert torch.equal(ops.feed_forward(x, w1, b1, w2, b2), ops.linear(ops.linear_gelu(x, w1, b1), w2, b2))
+        for save in (False, True):
+            y, pre = ops.feed_forward(x, w1, b1, w2, b2, save=save)
+            inner, same = ops.linear_gelu(x, w1, b1, save=save)
+            assert torch.equal(y, ops.linear(inner, w2, b2)) and torch.equal(pre, same)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 
@@ -125,6 +126,87 @@ def test_record_keeps_op_backend_and_shapes_in_order():
     unpad = ops.unpad.order("cpu")[0]
     name = unpad.name if not unpad.reasons(torch.ones(1, 1)) else calls[0].backend
     assert calls == [ops.Call("unpad", name, ((2, 3),)), ops.Call("linear", "torch", ((2, 8), (4, 8)))]
+
+
+def calls_of_a_gradient(*forward, backward=None):
+    """(op, backend) of a linear forced to some backends, and of its backward, run under another choice."""
+    x = X.clone().requires_grad_()
+    with ops.record() as calls:
+        with ops.use_backend(*forward):
+            y = ops.linear(x, W)
+        with ops.use_backend(backward) if backward else contextlib.nullcontext():
+            y.sum().backward()
+    return [(call.op, call.backend) for call in calls]
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_a_backward_runs_on_the_backend_of_its_forward(name):
+    """Also when it runs outside the choice, or under another one."""
+    expected = [("linear", name), ("linear_backward", name)]
+    assert calls_of_a_gradient(name) == expected
+    assert calls_of_a_gradient(name, backward="torch") == expected
+    assert calls_of_a_gradient("triton", name) == expected
+
+
+def test_a_backward_in_another_thread_keeps_the_choice():
+    x, seen = X.clone().requires_grad_(), []
+    with ops.use_backend("reference"):
+        y = ops.linear(x, W)
+
+    def run():
+        with ops.record() as calls:
+            y.sum().backward()
+        seen.extend((call.op, call.backend) for call in calls)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [("linear_backward", "reference")]
+
+
+def test_every_backward_is_named_after_its_op():
+    assert all(op.gradient.op.name == f"{op.name}_backward" for op in ops.FORWARD if op.gradient is not None)
+    assert {op.name for op in ops.FORWARD if op.gradient is None} == {"unpad", "dropout_bits"}
+    assert {op.name for op in ops.ALL} == {op.name for op in (*ops.FORWARD, *ops.BACKWARD)}
+
+
+def test_gradients_have_the_names_of_what_they_are_of():
+    for op in ops.FORWARD:
+        if op.gradient is not None and op.name != "pad":
+            assert op.gradient.op.returns() == tuple(f"{name}_grad" for name in op.gradient.of)
+
+
+def test_discrete_outputs_have_no_gradient():
+    mask = torch.ones(2, 3, requires_grad=True)
+    assert not any(found.requires_grad for found in ops.unpad(mask))
+    for op in (ops.unpad, ops.dropout_bits):
+        with pytest.raises(NotImplementedError, match=f"{op.name} cannot be differentiated: its outputs are discrete"):
+            op.no_backward()
+
+
+def test_only_the_first_output_is_differentiable():
+    x = X.clone().requires_grad_()
+    y, pre = ops.linear_gelu(x, W, None, "none", True)
+    assert y.requires_grad and not pre.requires_grad
+    _, mean, rstd = ops.add_layer_norm(x, None, X, X[0], X[0], 1e-12)
+    assert not mean.requires_grad and not rstd.requires_grad
+
+
+def test_a_packed_weight_passes_gradients_on():
+    """To x; the packed weight itself is a copy and gets none."""
+    weight = torch.randn(32, 64)
+    x = torch.randn(30, 64, requires_grad=True)
+    ops.linear(x, ops.pack_weight(weight)).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(30, 64))
+
+
+def test_no_graph_is_made_where_no_gradient_is_wanted():
+    x = X.clone().requires_grad_()
+    with torch.no_grad():
+        assert not ops.linear(x, W).requires_grad
+    with torch.inference_mode():
+        assert not ops.linear(x, W).requires_grad
+    assert not ops.linear(X, W).requires_grad
 
 
 def test_nothing_is_recorded_of_a_call_that_failed():
