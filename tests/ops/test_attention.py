@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastbert import ops
+from fastbert.ops import builtins, reference
 from tests.ops.cases import ATTENTION as SPEC
 from tests.ops.cases import STEPS, cast, normal
 from tests.ops.common import (  # noqa: F401
@@ -100,3 +101,24 @@ def test_an_upper_bound_for_max_seqlen_is_enough(dtype, backend, parity):
     )
     for i, output in enumerate(SPEC.outputs):
         parity(ours[i].cpu(), ref[i], base[i].cpu(), name=f"attention/{backend}/{output}/bound")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", [(17, 1, 65, 0, 33), (0, 0, 3)], ids=["empty row inside", "empty rows first"])
+def test_padded_form_of_other_devices(lengths, p):
+    """What devices other than a CPU run; NaN in one sequence, whose rows others gather as padding, stays there."""
+    tokens, longest, scale = sum(lengths), max(lengths) + 3, 0.3
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    qkv, grad = normal(tokens, 3, 2, 8, like="padded"), normal(tokens, 2, 8, like="padded grad")
+    bits = ops.dropout_bits(torch.tensor(3), 0, cu_seqlens, tokens, longest, 2, p) if p else None
+    out, lse = reference.attention(qkv, cu_seqlens, longest, scale, bits, p)
+    expected = reference.attention_backward(grad, qkv, out, lse, cu_seqlens, longest, scale, bits, p)
+    found = builtins.attention_padded(qkv, cu_seqlens, longest, scale, bits, p)
+    torch.testing.assert_close(found, (out, lse), rtol=1e-10, atol=1e-10)
+    found = builtins.attention_padded_backward(grad, qkv, cu_seqlens, longest, scale, bits, p)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    last = tokens - lengths[-1]
+    qkv[last:] = torch.nan
+    assert builtins.attention_padded(qkv, cu_seqlens, longest, scale, bits, p)[0][:last].isfinite().all()
+    found = builtins.attention_padded_backward(grad, qkv, cu_seqlens, longest, scale, bits, p)
+    torch.testing.assert_close(found[:last], expected[:last], rtol=1e-10, atol=1e-10)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert import native, ops
+from fastbert import layers, native, ops
 from tests.ops.cases import CASES, DEVICES, NO_TOKENS
 
 
@@ -94,3 +94,12 @@ def test_wrong_shapes_are_named():
 def test_opcheck(mask):
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.fastbert.unpad.default, (mask,), test_utils=tests)
+
+
+def test_one_read_tells_the_host_everything():
+    """What a GPU's host reads of a mask at once, and the indices that it then makes without waiting."""
+    for first in (0, 3):
+        mask = torch.tensor([[1, 1, 1, 0], [first, 0, 2, 0], [1, 0, 0, 0]])
+        indices, _ = by_hand(mask)
+        assert layers.measure(mask) == (len(indices), 3, bool(first))
+        assert ops.unpad.backends["torch"].run(mask, len(indices))[0].tolist() == indices
