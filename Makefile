@@ -12,10 +12,10 @@ HUGGINGFACE_TESTS := .cache/transformers-tests
 export HF_HUB_OFFLINE = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help run test test-all setup lint format clean
+.PHONY: help run test test-all test-compat setup lint format clean
 
 help: ## this list (default)
-	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-9s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 run: setup ## a real BERT through stock HuggingFace and fastbert: parity, speed, a plot
 	$(BIN)/fastbert bench
@@ -23,8 +23,13 @@ run: setup ## a real BERT through stock HuggingFace and fastbert: parity, speed,
 test: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## style, types and every test but the slow ones
 	$(BIN)/python -m pytest -p tests.rooms -m "not slow" tests
 
-test-all: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## the same and the slow ones
+test-all: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## the same and the slow ones, then test-compat
 	$(BIN)/python -m pytest -p tests.rooms tests
+	$(MAKE) test-compat
+
+# noxfile.py's rows; 16 GB below .cache, and Python 3.10, 3.12 and 3.13 must be on the machine
+test-compat: setup $(ANTIBERTY)/done ## one wheel beside transformers 5.11, 5.17 and newest, torch 2.11 and newest
+	$(BIN)/nox
 
 setup: $(VENV)/done ## .venv, pinned packages, native library
 

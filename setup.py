@@ -171,7 +171,7 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["fastbert", "fastbert.*"]), "fastbert.kernels"],
         package_dir={"fastbert.kernels": "kernels"},
-        package_data={"fastbert.kernels": ["README.md"]},
+        package_data={"fastbert": ["proven.json"], "fastbert.kernels": ["README.md"]},
         ext_modules=[Extension("fastbert._native", sources, optional=True)],
         cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel
 
-from benchmarks.stock import OPS, outputs, plain
+from benchmarks.stock import OPS, plain
 from fastbert import ops, workloads
+from fastbert.ops.sample_calls import backward_arguments, outputs
 from fastbert.parity import enliven
 
 
@@ -70,18 +70,6 @@ class OpCall:
     def run(self) -> Any:
         """Calls the op on the backend that is chosen by itself, or by `use_backend`."""
         return OPS[self.op](*self.arguments)
-
-
-def backward_arguments(
-    op: ops.Op, arguments: tuple[Any, ...], found: tuple[torch.Tensor, ...], grad: torch.Tensor
-) -> tuple[Any, ...]:
-    """What autograd hands to the backward of `op(*arguments)`, which returned `found`, every gradient needed."""
-    assert op.gradient is not None
-    bound = inspect.signature(op.backends["reference"].run).bind(*arguments)
-    bound.apply_defaults()
-    known = bound.arguments | dict(zip(op.returns(), found, strict=True))
-    known["needed"] = [known[name] is not None for name in op.gradient.of]
-    return (grad, *(known[name] for name in op.gradient.op.arguments()[1:]))
 
 
 TABLES = ("words", "type_table", "position_table")

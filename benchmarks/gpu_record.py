@@ -23,9 +23,10 @@ import torch
 import fastbert
 from benchmarks import stock
 from benchmarks.cases import TINY_CASES, Case, OpCall, cases, op_calls, random_model
-from fastbert import bench, limits, ops, parity_models, workloads
+from fastbert import bench, devices, limits, ops, parity_models, proven, workloads
 from fastbert.bench_model import forward
 from fastbert.dtypes import DTYPES, dtype_name
+from fastbert.ops import self_check
 from fastbert.provenance import provenance
 
 Line = dict[str, Any]
@@ -56,7 +57,7 @@ class Setting:
         """Backend → why it refuses this call here; `reference` is no candidate."""
         kind = self.device.split(":")[0]
         order = [b for b in stock.OPS[op].order(kind) if b.name != "reference"]
-        return {b.name: b.reasons(*arguments) for b in order}
+        return {b.name: stock.OPS[op].reasons(b, *arguments) for b in order}
 
     def verdict(self, call: OpCall, case: Case, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
         """Parity of a backend on this very call, judged once."""
@@ -67,7 +68,11 @@ class Setting:
 
 
 def part_provenance(setting: Setting) -> Iterator[Line]:
-    yield {"device": setting.device, "dry_run": setting.dry_run, **provenance()}
+    """What is measured: the card, the machine, versions, and the sources of every kernel of ours."""
+    own = [(op.name, name) for op in ops.ALL for name in op.backends if name in proven.OWN]
+    sources = {f"{op} {name}": proven.digest(op, name) for op, name in own}
+    card = devices.card(torch.empty(0, device=setting.device).device)
+    yield {"device": setting.device, "card": card, "dry_run": setting.dry_run, **provenance(), "sources": sources}
 
 
 def part_ceilings(setting: Setting) -> Iterator[Line]:
@@ -92,8 +97,9 @@ def part_parity(setting: Setting) -> Iterator[Line]:
         for name, dtype in setting.dtypes.items():
             for op, make in op_calls(case, dtype, setting.device).items():
                 call = make()
+                kind = self_check.name_of(self_check.dtype_of(call.arguments))
                 for backend, reasons in setting.backends(op, call.arguments).items():
-                    line: Line = {"op": op, "case": case.name, "dtype": name, "backend": backend}
+                    line: Line = {"op": op, "case": case.name, "dtype": name, "input": kind, "backend": backend}
                     if reasons:
                         yield {**line, "refused": reasons}
                         continue

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops, parity
+from fastbert.ops.sample_calls import outputs
 
 if TYPE_CHECKING:
     from benchmarks.cases import OpCall
@@ -211,11 +212,6 @@ def plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def double(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with floating tensors in float64."""
     return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in plain(arguments))
-
-
-def outputs(result: Any) -> tuple[Tensor, ...]:
-    """What an op returned, as a tuple."""
-    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def differentiated(op: ops.Op, arguments: Sequence[Any]) -> tuple[int, ...]:

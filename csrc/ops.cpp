@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -47,15 +48,30 @@ std::tuple<int, uint64_t> element_of(ScalarType dtype) {
   }
 }
 
-Mask mask_of(const Tensor& mask) {
-  check(mask.dim() == 2, "unpad: mask must be 2-D: [batch, length]");
-  check(mask.size(1) <= kMaxInt32, "unpad: mask has rows of more than 2147483647 elements");
-  const auto [element_size, keep] = element_of(mask.scalar_type());
-  return {mask.data_ptr(), mask.size(0), mask.size(1), mask.stride(0), mask.stride(1), element_size, keep};
+Mask mask_of(const Tensor& tensor) {
+  check(tensor.dim() == 2, "unpad: mask must be 2-D: [batch, length]");
+  check(tensor.size(0) <= kMaxInt32, "unpad: mask has more than 2147483647 rows");
+  check(tensor.size(1) <= kMaxInt32, "unpad: mask has rows of more than 2147483647 elements");
+  const auto [element_size, keep] = element_of(tensor.scalar_type());
+  Mask mask = {tensor.data_ptr(), tensor.size(0), tensor.size(1), 0, 0, element_size, keep};
+  if (tensor.numel() == 0) return mask;
+  // where there is only one element a stride may be any number, and stays 0
+  if (mask.rows > 1) mask.row_stride = tensor.stride(0);
+  if (mask.columns > 1) mask.column_stride = tensor.stride(1);
+  const int64_t last =
+      tensor.storage_offset() + (mask.rows - 1) * mask.row_stride + (mask.columns - 1) * mask.column_stride;
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  check((last + 1) * element_size <= bytes, "unpad: mask reaches beyond its storage, which was resized");
+  return mask;
 }
 
 Tensor empty_on_device_of(const Tensor& mask, int64_t size, ScalarType dtype) {
-  return torch::stable::new_empty(mask, {size}, dtype);
+  try {
+    return torch::stable::new_empty(mask, {size}, dtype);
+  } catch (const std::exception&) {  // whose words name a line of torch's headers
+    throw std::runtime_error("unpad: out of memory: torch could not allocate " + std::to_string(size) + " elements");
+  }
 }
 
 Tensor empty_indices(const Tensor& mask, int64_t total) {
@@ -121,6 +137,7 @@ void* current_stream(int32_t device) {
 // mask [B, S] -> indices [T] int64, cu_seqlens [B + 1] int32. Waits once for the device, to learn T.
 std::tuple<Tensor, Tensor> unpad_cuda(const Tensor& mask_tensor) {
   const Mask mask = mask_of(mask_tensor);
+  check(reinterpret_cast<uintptr_t>(mask.data) % mask.element_size == 0, "unpad: mask is not aligned to its elements");
   const torch::stable::accelerator::DeviceGuard guard(mask_tensor.get_device_index());
   void* stream = current_stream(mask_tensor.get_device_index());
   Tensor cu_tensor = empty_on_device_of(mask_tensor, mask.rows + 1, ScalarType::Int);

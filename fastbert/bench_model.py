@@ -13,7 +13,7 @@ from torch import Tensor
 import fastbert
 from fastbert import bench, limits, workloads
 from fastbert.bench import Gate, Progress, Ratio, SpeedRow, quiet
-from fastbert.checkpoint import load_tokenizer, text_limit, title
+from fastbert.checkpoint import load_model, load_tokenizer, public_name, text_limit, title
 from fastbert.dtypes import DTYPES
 from fastbert.limits import Dimensions
 from fastbert.models.families import position_limit
@@ -36,7 +36,7 @@ class Padding:
 
 @dataclasses.dataclass
 class Result:
-    """Everything `fastbert bench` measured. `to_dict()` is its JSON."""
+    """Everything `fastbert bench` measured. `to_dict()` is its JSON; no path of this machine is in it."""
 
     model: str
     title: str
@@ -77,18 +77,14 @@ def bench_model(
         names: of workloads.
         quick: few texts and few rounds.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    dimensions = Dimensions.of(config)
-    result = Result(model, title(model), config.model_type, device, dimensions, provenance())
-    plans = [_plan(model, config, name, QUICK_TEXTS if quick else max_texts, result) for name in names]
     reference = _load(model, torch.float32, device)
+    config = reference.config
+    dimensions = Dimensions.of(config)
+    result = Result(public_name(model), title(model), config.model_type, device, dimensions, provenance())
+    plans = [_plan(model, config, name, QUICK_TEXTS if quick else max_texts, result) for name in names]
     result.limits["copy_bytes_per_second"] = limits.copy_bandwidth(device)
     for dtype in dtypes:
-        progress(f"parity, {dtype}", 0, 1)
         result.parity[dtype] = parity(dtype)
-        progress(f"parity, {dtype}", 1, 1)
         stock = reference if dtype == "fp32" else _load(model, DTYPES[dtype], device)
         ours = fastbert.accelerate(_load(model, DTYPES[dtype], device))
         peak = limits.gemm_peak(dimensions, DTYPES[dtype], device)
@@ -104,9 +100,7 @@ def bench_model(
 
 
 def _load(model: str, dtype: torch.dtype, device: str) -> Any:
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(model, dtype=dtype).eval().to(device)
+    return load_model(model, dtype, head=False).to(device)
 
 
 def _plan(model: str, config: Any, name: str, max_texts: int, result: Result) -> tuple[Batches, Batches | None]:

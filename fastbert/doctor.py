@@ -13,15 +13,17 @@ from fastbert.provenance import provenance
 
 
 def examine() -> dict[str, Any]:
-    """Versions, machine, native library, Triton, private names and every op's backends, ready for JSON."""
+    """Versions, machine, devices, native library, Triton, private names, our kernels, every op's backends, for JSON."""
     return {
         "format": 1,
         "provenance": provenance(),
+        "devices": _guarded(all_devices),
         "native": _guarded(native_library),
         "triton": _guarded(triton),
         "demo": _guarded(demo),
         "private names of torch": _guarded(torch_names),
         "private names of transformers": _guarded(transformers_names),
+        "kernels": _guarded(kernels),
         "ops": _guarded(op_backends),
     }
 
@@ -31,6 +33,21 @@ def _guarded(part: Callable[[], Any]) -> Any:
         return part()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def all_devices() -> dict[str, str | None]:
+    """Each device that torch sees → why the fast path does not run there; None: it does."""
+    from fastbert import devices
+
+    found = [torch.device("cpu"), *cuda_devices()]
+    other = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found += [other] if other is not None and other.type != "cuda" else []
+    return {str(device): "; ".join(devices.refusals(device)) or None for device in found}
+
+
+def cuda_devices() -> list[torch.device]:
+    """The CUDA devices that torch sees."""
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
 def native_library() -> dict[str, list[str]]:
@@ -46,7 +63,10 @@ def triton() -> dict[str, Any]:
         return {"version": None, "reason": "triton is not installed"}
     import triton as module
 
-    reason = None if torch.cuda.is_available() else "Triton's kernels need a CUDA device, and torch sees none"
+    refused = [all_devices()[str(device)] for device in cuda_devices()]
+    reason = None
+    if all(refused):
+        reason = refused[0] if refused else "Triton's kernels need a CUDA device, and torch sees none"
     return {"version": getattr(module, "__version__", "unknown"), "reason": reason}
 
 
@@ -73,6 +93,26 @@ def transformers_names() -> dict[str, str | None]:
     return {name: "not in this transformers" if name in lacks else None for name in hf.PROBES}
 
 
+def kernels() -> list[dict[str, str]]:
+    """Each kernel of ours in each dtype on each card: whether it is proven, checked, failed or not run, in words."""
+    from fastbert import devices
+    from fastbert.ops import samples, self_check
+
+    found = []
+    for kind, places in {"cpu": [torch.device("cpu")], "cuda": cuda_devices()}.items():
+        for op, backend, dtype in samples.own_kernels(kind):
+            line = {"kernel": op.name, "backend": backend.name, "dtype": self_check.name_of(dtype)}
+            if not places:
+                found.append({**line, "card": kind, "state": "not run", "words": f"torch sees no {kind} device"})
+            for place in places:
+                state, words = "not run", "; ".join(devices.refusals(place))
+                words = words or "; ".join(backend.reasons(*self_check.apart(samples.typical, op, dtype, place)))
+                if not words:
+                    state, words = self_check.standing(op, backend, dtype, place)
+                found.append({**line, "card": devices.card(place), "state": state, "words": words})
+    return found
+
+
 def op_backends() -> dict[str, dict[str, dict[str, list[str]]]]:
     """Op → "device dtype" → backend, in the order they are tried → reasons why it refuses a small sample call."""
     from fastbert.dtypes import DTYPES
@@ -80,7 +120,7 @@ def op_backends() -> dict[str, dict[str, dict[str, list[str]]]]:
 
     settings = [("cpu", "fp32"), ("cpu", "bf16")]
     if torch.cuda.is_available():
-        settings += [("cuda", "fp32"), ("cuda", "fp16"), ("cuda", "bf16")]
+        settings += [("cuda:0", "fp32"), ("cuda:0", "fp16"), ("cuda:0", "bf16")]
     by_setting = {f"{device} {name}": samples.op_backends(device, DTYPES[name]) for device, name in settings}
     ops = next(iter(by_setting.values()))
-    return {op: {setting: found[op] for setting, found in by_setting.items()} for op in ops}
+    return {op: {setting: found[op] for setting, found in by_setting.items() if found} for op in ops}

@@ -1,6 +1,7 @@
 """Every private name of transformers that fastbert uses, each probed, with HuggingFace's own path behind it.
 
-If the installed version lacks one of them, `missing()` names it, and every model runs HuggingFace's own forward.
+If the installed version lacks one of PROBES, `missing()` names it, every model runs HuggingFace's own forward, and one
+warning says so. The other names here may be absent; what is done then stands where they are used.
 """
 
 from __future__ import annotations
@@ -14,22 +15,34 @@ import torch
 import transformers
 from torch import nn
 
+from fastbert.once import warn_once
+
 CREATE_MASKS = "_create_attention_masks"  # what the stock forward of a base model makes its masks by
 # The methods that a model and its layers compute by: the chunks are what apply_chunking_to_forward calls.
 METHODS = frozenset({"__call__", "forward", "feed_forward_chunk", "ff_chunk", CREATE_MASKS})
 OFFLOADED = "_hf_hook"  # the attribute by which the library accelerate marks a module that it moves between devices
+CAPTURING = "transformers.utils.output_capturing"  # where HuggingFace's output capture has its code
 MARKS = METHODS | {OFFLOADED}  # attributes that a module of the stock model has of its class only, or not at all
 
 
 @functools.cache
 def missing() -> tuple[str, ...]:
-    """The private names of transformers that this version lacks, in words; empty: all are there."""
+    """The private names of transformers that this version lacks or has changed; empty: all are as fastbert knows them.
+
+    If there are any, the first call warns of it.
+    """
     lacks: list[str] = []
     for name, probe in PROBES.items():
         try:
             probe()
-        except (ImportError, AttributeError, KeyError, TypeError):
+        except Exception:  # whatever a changed name raises, stock models must go on
             lacks.append(name)
+    if lacks:
+        warn_once(
+            f"fastbert runs HuggingFace's own forward for every model, and gains no speed: transformers "
+            f"{transformers.__version__} lacks or has changed {', '.join(lacks)}. Results are right. "
+            f"Install another version of transformers, or a newer fastbert."
+        )
     return tuple(lacks)
 
 
@@ -39,10 +52,9 @@ def stock_class(name: str) -> type[Any]:
     return found
 
 
-def is_stock(module: nn.Module, names: Container[str]) -> bool:
-    """Whether a module is of a class of transformers, itself and no subclass, with one of these names."""
-    name = type(module).__name__
-    return name in names and type(module) is getattr(transformers, name, None)
+def is_stock(kind: type, names: Container[str]) -> bool:
+    """Whether a class is one of transformers, itself and no subclass, with one of these names."""
+    return kind.__name__ in names and kind is getattr(transformers, kind.__name__, None)
 
 
 def output_collector() -> object:
@@ -57,19 +69,19 @@ def hidden_state_indices(wanted: Any, count: int) -> set[int] | None:
     if wanted is None or isinstance(wanted, bool):
         return set(range(count)) if wanted else set()
     chosen = list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted]
-    try:
-        from transformers.utils.output_capturing import resolve_hidden_states_indices
-    except ImportError:
-        return None
     if not all(type(index) is int for index in chosen):
         return None
-    found: set[int] = resolve_hidden_states_indices(None, chosen, count) if wanted else set()
-    return found
+    try:  # since transformers 5.20 or so
+        from transformers.utils.output_capturing import resolve_hidden_states_indices
+
+        return set(resolve_hidden_states_indices(None, chosen, count)) if wanted else set()
+    except Exception:
+        return None
 
 
 def is_capturing_hook(hook: Any) -> bool:
     """Whether a forward hook is HuggingFace's own, which captures hidden states, rather than a user's."""
-    return getattr(hook, "__name__", "") == "output_capturing_hook"
+    return getattr(hook, "__module__", "") == CAPTURING
 
 
 def is_gradient_hook(hook: Any) -> bool:
@@ -80,11 +92,11 @@ def is_gradient_hook(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
-def register_capture(model: Any) -> None:
-    """Tells HuggingFace's output capture, which knows models by the name of their class, of a changed class."""
+def register_capture_of(kind: type[Any]) -> None:
+    """Tells HuggingFace's output capture, which knows models by the name of their class, of a class that is new."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(kind), kind._can_record_outputs)
 
 
 def attention_reasons(model: Any) -> list[str]:
@@ -129,32 +141,44 @@ def gelu_of(activation: Any) -> str | None:
     return None
 
 
-def _probe_attention() -> None:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    _ = transformers.BertConfig()._attn_implementation
-    _ = (
-        ALL_ATTENTION_FUNCTIONS["sdpa"],
-        importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward,
-    )
-
-
-def _probe_capture() -> None:
-    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-
-    if not isinstance(_CAN_RECORD_REGISTRY, dict):
-        raise TypeError
-
-
 def stock_module(name: str) -> Any:
     """A submodule of transformers by its name, e.g. "modeling_outputs"."""
     return importlib.import_module(f"transformers.{name}")
 
 
+def _probe_registry() -> None:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    if not isinstance(_CAN_RECORD_REGISTRY, dict) or any(
+        type(key) is not str for key in dict.keys(_CAN_RECORD_REGISTRY)
+    ):
+        raise TypeError
+
+
+def _probe_checkpointing() -> None:
+    layer = stock_module("modeling_layers").GradientCheckpointingLayer()
+    transformers.PreTrainedModel._set_gradient_checkpointing(nn.ModuleList([layer]), True, print)
+    if not layer.gradient_checkpointing or checkpointing_of(layer) is not print:
+        raise TypeError
+
+
 PROBES: dict[str, Callable[[], object]] = {
-    "transformers.utils.output_capturing._active_collector": output_collector,
-    "transformers.utils.output_capturing._CAN_RECORD_REGISTRY": _probe_capture,
+    f"{CAPTURING}._active_collector": output_collector,
+    f"{CAPTURING}._CAN_RECORD_REGISTRY": _probe_registry,
     "PreTrainedModel._can_record_outputs": lambda: transformers.BertModel._can_record_outputs,
-    "PreTrainedConfig._attn_implementation and ALL_ATTENTION_FUNCTIONS": _probe_attention,
-    "transformers.activations.GELUActivation": lambda: gelu_of(None),
+    f"PreTrainedModel.{CREATE_MASKS}": lambda: getattr(transformers.BertModel, CREATE_MASKS),
+    "PreTrainedModel._set_gradient_checkpointing and GradientCheckpointingLayer._gradient_checkpointing_func": (
+        _probe_checkpointing
+    ),
+    "PreTrainedConfig._attn_implementation": lambda: transformers.BertConfig()._attn_implementation,
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": lambda: stock_module(
+        "modeling_utils"
+    ).ALL_ATTENTION_FUNCTIONS["sdpa"],
+    "transformers.integrations.sdpa_attention.sdpa_attention_forward": lambda: (
+        stock_module("integrations.sdpa_attention").sdpa_attention_forward
+    ),
+    "transformers.activations.GELUActivation and NewGELUActivation": lambda: gelu_of(None),
+    "transformers.activations.GELUActivation._gelu_python": lambda: gelu_of(
+        stock_module("activations").GELUActivation(use_gelu_python=True)
+    ),
 }

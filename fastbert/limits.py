@@ -126,7 +126,7 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # the last on Windows
         return None
     held = _status_bytes("VmRSS")
     run()

@@ -36,17 +36,18 @@ def load() -> Native:
     """Loads the library into torch at the first call. Never raises."""
     try:
         absent = json.loads(LIBRARY.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        library, cuda = str(absent["library"]), str(absent["cuda"])
+    except (OSError, ValueError, KeyError, TypeError):
         reason = "the native library was not built: fastbert runs from a folder in which it was not installed"
         return Native(reason, reason)
-    if absent["library"]:
-        return Native(absent["library"], absent["library"])
+    if library:
+        return Native(library, library)
     try:
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         reason = f"the native library does not load: {error}"
         return Native(reason, reason)
-    return Native("", absent["cuda"])
+    return Native("", cuda)
 
 
 @cache
@@ -83,8 +84,8 @@ def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
             once for the device, to learn T.
 
     Raises:
-        RuntimeError: the mask is not 2-D, has another dtype, or more than 2**31 - 1 real tokens or columns; or the
-            library is absent (ask `refuse` first).
+        RuntimeError: the mask is not 2-D, has another dtype, more than 2**31 - 1 rows, columns or real tokens, or
+            reaches beyond its storage, which was resized; or the library is absent (ask `refuse` first).
     """
     native = load()
     if not native.available:

@@ -14,11 +14,11 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert import checkpoint, ops, workloads
+from fastbert.bench import Progress, quiet
 from fastbert.dtypes import DTYPES, dtype_name
 from fastbert.models.families import position_limit
 from fastbert.parity import judge
@@ -78,7 +79,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What `run` found. `inputs` says in words what the models were run on."""
+    """What `run` found. `model` is a hub id, a folder's name or a class; `inputs` says what the models were run on."""
 
     model: str
     inputs: str
@@ -111,7 +112,7 @@ class ParityReport:
             "inputs": self.inputs,
             "lengths": list(self.lengths),
             "passed": self.passed,
-            "worst": dataclasses.asdict(self.worst),
+            "worst": dataclasses.asdict(self.worst) if self.rows else None,
             "worst_layer": dataclasses.asdict(worst_layer) if worst_layer else None,
             "dtypes": {
                 name: {"passed": c.passed, "fast": c.fast, "why": c.why, "calls": dict(c.calls)}
@@ -128,7 +129,7 @@ def run(
     lengths: Sequence[int] = LENGTHS,
     inputs: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = quiet,
 ) -> ParityReport:
     """Judges a model in each dtype.
 
@@ -138,20 +139,21 @@ def run(
         lengths: of the ragged batch, cut to the model's positions; its ids are real text where the checkpoint has a
             tokenizer, else random.
         inputs: keyword arguments of the forward, instead of that batch.
-        progress: called with words before each step.
+        progress: called before the model is loaded, and in each dtype before and after every forward and the judging.
 
     Raises:
-        checkpoint.MissingModel: there is no such checkpoint.
+        checkpoint.CheckpointError: there is no such checkpoint, or it cannot be loaded.
         ValueError: an unknown dtype.
     """
-    say = progress or (lambda words: None)
     wanted = [dtype_name(dtype) for dtype in dtypes]
     if isinstance(model, nn.Module):
         name, stock, text = type(model).__name__, model, None
     else:
-        name = checkpoint.resolve(model)
-        say(f"loading {name}")
-        stock, text = load(name), text_ids(name, sum(lengths))
+        place = checkpoint.resolve(model)
+        name = checkpoint.public_name(place)
+        progress(f"loading {name}", 0, 1)
+        stock, text = load(place), text_ids(place, sum(lengths))
+        progress(f"loading {name}", 1, 1)
     if inputs is None:
         config: Any = stock.config
         limit = position_limit(config)
@@ -162,8 +164,7 @@ def run(
         lengths, words = tuple(real_mask(inputs).sum(1).tolist()), "given inputs"
     comparisons = {}
     for dtype in wanted:
-        say(f"comparing in {dtype}")
-        comparisons[dtype] = compare_models(stock, inputs, DTYPES[dtype], device=device)
+        comparisons[dtype] = compare_models(stock, inputs, DTYPES[dtype], device=device, progress=progress)
     return ParityReport(name, words, tuple(lengths), comparisons)
 
 
@@ -175,6 +176,7 @@ def compare_models(
     labels: Mapping[str, Tensor] | None = None,
     device: str = "cpu",
     accelerate: Callable[[nn.Module], nn.Module] | None = None,
+    progress: Progress = quiet,
 ) -> Comparison:
     """Judges every floating output of an accelerated copy of `stock` in `dtype` on `inputs`.
 
@@ -186,16 +188,24 @@ def compare_models(
             is judged as the row "loss", token by token or row by row: see `unreduced_losses`. Labels of masked
             positions must be -100.
         accelerate: makes the copy fast; default `fastbert.accelerate` with pad rows of zeros, which are not judged.
+        progress: called before and after every forward and the judging.
     """
     inputs = {name: x.to(device) for name, x in inputs.items()}
     labels = {name: x.to(device) for name, x in (labels or {}).items()}
     base_model = fastbert.restore(copy.deepcopy(stock)).to(device=device, dtype=dtype).eval()
     ours_model = (accelerate or functools.partial(fastbert.accelerate, pad_output="zeros"))(copy.deepcopy(base_model))
+    steps = itertools.count()
+    count = 2 * len(like_lengths(inputs)) + 2  # stock's parts twice, ours, the judging
+
+    def step() -> None:
+        progress(f"parity, {dtype_name(dtype)}", next(steps), count)
+
+    step()
     with torch.inference_mode():
         with ops.record() as calls:
-            ours = collect(ours_model, inputs, labels)
-        base = collect(base_model, inputs, labels, parts=True)
-        ref = collect(base_model.double(), inputs, labels, parts=True)
+            ours = collect(ours_model, inputs, labels, step)
+        base = collect(base_model, inputs, labels, step, parts=True)
+        ref = collect(base_model.double(), inputs, labels, step, parts=True)
     counts = Counter(call.op for call in calls)
     fast = counts["attention"] == layers(stock) > 0
     rows = []
@@ -206,16 +216,22 @@ def compare_models(
             Row(name, dtype_name(dtype), layer, verdict.max_ratio, verdict.rms_ratio, verdict.max_error,
                 verdict.passed, verdict.note or f"worst at {list(verdict.index)}")
         )  # fmt: skip
+    step()
     return Comparison(tuple(rows), dict(counts), fast, "" if fast else str(fastbert.explain(ours_model)))
 
 
 def collect(
-    model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], parts: bool = False
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    step: Callable[[], object] = lambda: None,
+    parts: bool = False,
 ) -> dict[str, Tensor]:
     """Every floating output by name, hidden states first: per-token ones [T, ...] of real positions, others [B, ...].
 
     Args:
         labels: further arguments that make the model return a loss.
+        step: called after every forward.
         parts: run rows of like length together, cut to their longest (where the mask is padded on the right).
     """
     shape = inputs["input_ids"].shape
@@ -231,6 +247,7 @@ def collect(
         real = real_mask(part)
         with unreduced_losses(len(rows)):
             output = model(**part, output_hidden_states=True, return_dict=True)
+        step()
         token_loss = "labels" in along_tokens
         for name, x in named_outputs(output):
             is_token_logits = bool({name, f"{type(output).__name__}.{name}"} & {*TOKEN_LOGITS})
@@ -323,7 +340,7 @@ def ragged_batch(
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     real = torch.randint(0, config.vocab_size, (sum(lengths),), generator=generator)
     if text:
-        real = torch.tensor(list(islice(cycle(text), sum(lengths))))
+        real = torch.tensor(list(itertools.islice(itertools.cycle(text), sum(lengths))))
     real[real == pad] = (pad + 1) % config.vocab_size  # RoBERTa takes positions from where the pad id is not
     ids = torch.full_like(mask, pad)
     ids[mask != 0] = real
@@ -343,13 +360,7 @@ def layers(model: nn.Module) -> int:
 
 def load(name: str) -> nn.Module:
     """The stock model of a folder or hub id in float32, as the class that its config names."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(name)
-    architecture = (config.architectures or ["AutoModel"])[0]
-    model: nn.Module = getattr(transformers, architecture, transformers.AutoModel).from_pretrained(
-        name, dtype=torch.float32
-    )
+    model: nn.Module = checkpoint.load_model(name, torch.float32, head=True)
     return model
 
 

@@ -170,8 +170,9 @@ def doctor_tables(found: dict[str, Any]) -> list[Table]:
         facts.add_row(name, version or "none")
 
     parts = _plain("Parts")
-    for device, reasons in found["native"].items():
-        parts.add_row(f"native library, {device}", _reasons(reasons))
+    for what, part in (("fast path on", found["devices"]), ("native library,", found["native"])):
+        for device, reasons in part.items():
+            parts.add_row(f"{what} {device}", _reasons(reasons))
     triton = found["triton"]
     parts.add_row("triton", _reasons(triton.get("reason") or triton.get("error")))
     demo = found["demo"]
@@ -180,13 +181,28 @@ def doctor_tables(found: dict[str, Any]) -> list[Table]:
     for owner in ("torch", "transformers"):
         for name, reason in found[f"private names of {owner}"].items():
             parts.add_row(f"{owner}: {name}", _reasons(reason))
-    return [facts, parts, _op_table(found["ops"])]
+    return [facts, parts, _kernel_table(found["kernels"]), _op_table(found["ops"])]
+
+
+def _kernel_table(found: list[dict[str, str]] | dict[str, str]) -> Table:
+    if isinstance(found, dict):
+        table = _plain("Kernels")
+        table.add_row("error", escape(found["error"]))
+        return table
+    table = Table(title="Kernels of fastbert's own", title_justify="left", header_style="bold")
+    for name in ("kernel", "backend", "dtype", "card", "stands"):
+        table.add_column(name)
+    for line in found:
+        words = escape(line["words"])
+        stands = f"[red]{words}[/red]" if line["state"] == "failed" else words
+        table.add_row(line["kernel"], line["backend"], line["dtype"], escape(line["card"]), stands)
+    return table
 
 
 def _op_table(found: dict[str, Any]) -> Table:
     if "error" in found:
         table = _plain("Ops")
-        table.add_row("error", found["error"])
+        table.add_row("error", escape(found["error"]))
         return table
     table = Table(title="Ops: backends in the order they are tried", title_justify="left", header_style="bold")
     table.add_column("op")

@@ -10,46 +10,74 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastbert.once import warn_once
+
 Probe = TypeVar("Probe", bound=Callable[..., "str | None"])
 
 
-def probe(function: Probe) -> Probe:
-    """A cached probe that does not see the caller's inference mode, autocast, default device or default dtype."""
+def probe(what: str, instead: str, device: str = "cpu") -> Callable[[Probe], Probe]:
+    """A cached probe that does not see the caller's inference mode, autocast, default device or default dtype.
 
-    @functools.cache
-    def run(*args: Any) -> str | None:
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            return function(*args)
+    The function returns why `what` cannot be used here, or None; whatever it raises is such a reason too. Where a name
+    of torch is gone or has changed, rather than that this machine cannot, one warning says what runs `instead`.
+    """
 
-    return functools.wraps(function)(run)  # type: ignore[return-value]  # wraps does not keep the TypeVar
+    def decorate(function: Probe) -> Probe:
+        @functools.cache
+        def run(*args: Any) -> str | None:
+            try:
+                with (
+                    torch.inference_mode(False), torch.no_grad(), torch.device("cpu"),
+                    torch.autocast("cpu", enabled=False),
+                ):  # fmt: skip
+                    return function(*args)
+            except Exception as error:
+                problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+                if is_changed(error) and (device == "cpu" or torch.cuda.is_available()):
+                    warn_once(
+                        f"fastbert cannot use {what} of torch {torch.__version__}: {problem}. Results are right, but "
+                        f"{instead}. Install another version of torch, or a newer fastbert."
+                    )
+                return f"{what} of torch cannot be used{''.join(f' in {a}' for a in args)}: {problem}"
+
+        return functools.wraps(function)(run)  # type: ignore[return-value]  # wraps does not keep the TypeVar
+
+    return decorate
 
 
-@probe
+def is_changed(error: Exception) -> bool:
+    """Whether an error says that a name is gone, takes other arguments or gives other values; else it is the machine.
+
+    Ops raise a RuntimeError for both; where the arguments are wrong they cite their schema.
+    """
+    return not isinstance(error, RuntimeError) or "Declaration:" in str(error) or "Schema:" in str(error)
+
+
+@probe("packed matrix products (oneDNN)", "products run on plain weights, more slowly")
 def packed_linear_refusal(dtype: torch.dtype) -> str | None:
     """Why oneDNN's packed linear cannot be used on this CPU for this dtype, in words; None: it can.
 
     Runs a small product, with erf GELU and a sum as its post-op, against the plain one.
     """
-    try:
-        x, weight = (
-            torch.linspace(-3, 3, 5 * 64, dtype=torch.float32).view(5, 64).to(dtype),
-            torch.eye(64).to(dtype)[:48] * 0.5,
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this torch was built without oneDNN"
+    x, weight = (
+        torch.linspace(-3, 3, 5 * 64, dtype=torch.float32).view(5, 64).to(dtype),
+        torch.eye(64).to(dtype)[:48] * 0.5,
+    )
+    packed, add = pack_linear_weight(weight), torch.ones(5, 48, dtype=dtype)
+    got = tuple(
+        y.double()
+        for y in (
+            packed_linear(x, packed, None),
+            packed_linear_gelu(x, packed, None),
+            packed_linear_add(x, packed, add),
         )
-        packed, add = pack_linear_weight(weight), torch.ones(5, 48, dtype=dtype)
-        got = tuple(
-            y.double()
-            for y in (
-                packed_linear(x, packed, None),
-                packed_linear_gelu(x, packed, None),
-                packed_linear_add(x, packed, add),
-            )
-        )
-    except (AttributeError, RuntimeError, TypeError) as error:
-        return f"oneDNN's packed linear does not run in {dtype}: {str(error).splitlines()[0]}"
+    )
     plain = x.double() @ weight.double().T
     expected = plain, torch.nn.functional.gelu(plain), plain + 1
     if not all(torch.allclose(g, e, rtol=2e-2, atol=2e-3) for g, e in zip(got, expected, strict=True)):
-        return f"oneDNN's packed linear gives wrong numbers in {dtype}"
+        raise ArithmeticError("it gives wrong numbers")
     return None
 
 
@@ -73,21 +101,18 @@ def packed_linear_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")  # type: ignore[no-any-return]
 
 
-@probe
+@probe("flash attention on CPUs", "attention runs by plain products and a softmax, more slowly")
 def cpu_flash_refusal(dtype: torch.dtype) -> str | None:
     """Why torch's CPU flash attention cannot be used for this dtype, in words; None: it can."""
-    try:
-        query, key, value = torch.linspace(-1, 1, 3 * 2 * 5 * 8, dtype=torch.float32).view(3, 1, 2, 5, 8).to(dtype)
-        out, lse = cpu_flash_attention(query, key, value, 0.5)
-        gradients = cpu_flash_attention_backward(value, query, key, value, out, lse, 0.5)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        return f"torch's CPU flash attention does not run in {dtype}: {str(error).splitlines()[0]}"
+    query, key, value = torch.linspace(-1, 1, 3 * 2 * 5 * 8, dtype=torch.float32).view(3, 1, 2, 5, 8).to(dtype)
+    out, lse = cpu_flash_attention(query, key, value, 0.5)
+    gradients = cpu_flash_attention_backward(value, query, key, value, out, lse, 0.5)
     scores = query.double() @ key.double().transpose(-1, -2) * 0.5
     near = functools.partial(torch.allclose, rtol=2e-2, atol=4e-3)
     probabilities, wide = scores.softmax(-1), value.double()
     wanted = probabilities @ wide, scores.logsumexp(-1), probabilities.mT @ wide
     if not all(near(x.double(), y) for x, y in zip((out, lse, gradients[2]), wanted, strict=True)):
-        return f"torch's CPU flash attention gives wrong numbers in {dtype}"
+        raise ArithmeticError("it gives wrong numbers")
     return None
 
 
@@ -107,15 +132,15 @@ def cpu_flash_attention_backward(
     )
 
 
-@probe
+@probe("attention over packed sequences (torch.nn.attention.varlen)", "sequences are padded for attention", "cuda")
 def varlen_attention_refusal() -> str | None:
     """Why torch.nn.attention.varlen (new in torch 2.10) cannot be used, in words; None: it can."""
-    try:
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
-    except ImportError:
-        return "this torch has no torch.nn.attention.varlen"
-    missing = {"scale", "return_aux"} - set(inspect.signature(varlen_attn).parameters)
-    return f"torch's varlen_attn takes no {', '.join(sorted(missing))}" if missing or AuxRequest is None else None
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    AuxRequest(lse=True)
+    if lacks := sorted({"scale", "return_aux"} - set(inspect.signature(varlen_attn).parameters)):
+        raise TypeError(f"it takes no {', '.join(lacks)}")
+    return None
 
 
 def varlen_attention(
@@ -130,39 +155,63 @@ def varlen_attention(
 
 
 def transforms_active() -> bool:
-    """Whether a torch.func transform, a trace or an export is running, under which values are not plain tensors."""
+    """Whether a torch.func transform, a trace or an export is running, under which values are not plain tensors.
+
+    True too where nobody can tell: then `module_fields_refusal` says why.
+    """
     try:
-        functorch = torch._C._functorch.peek_interpreter_stack() is not None
-        tracing = torch._C._is_tracing()
-    except AttributeError:
-        return torch.compiler.is_exporting()
-    return functorch or bool(tracing) or symbolic() or forward_mode_active() or torch.compiler.is_exporting()
+        active = functorch_active() or tracing() or symbolic() or forward_mode_active()
+    except Exception:
+        return True
+    return active or torch.compiler.is_exporting()
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace is at work."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def symbolic() -> bool:
     """Whether tensors are traced by make_fx or stand for shapes alone (FakeTensorMode)."""
-    try:
-        keys = torch._C._TorchDispatchModeKey
-        return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
-    except AttributeError:
-        return False
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
 
 
 def forward_mode_active() -> bool:
     """Whether forward-mode differentiation (torch.autograd.forward_ad.dual_level) is on."""
-    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+    return torch.autograd.forward_ad._current_level >= 0
 
 
-@probe
+@probe("the inner state of modules", "HuggingFace's own forward runs for every model, and no speed is gained")
 def module_fields_refusal() -> str | None:
-    """Why the fields of nn.Module that the functions below read cannot be used, in words; None: they can."""
+    """Why it cannot be seen whether the fast path may run, in words; None: it can.
+
+    Looks at all names that the functions around this one read.
+    """
     module = nn.Identity()  # one with parameters would draw from the generator
-    fields = ("_modules", "_parameters", *HOOKS)
-    lacks = [f"nn.Module.{name}" for name in fields if name not in module.__dict__]
-    hooks = torch.nn.modules.module
-    lacks += [f"_global{name}" for name in HOOKS if not hasattr(hooks, f"_global{name}")]
-    lacks += [] if hasattr(Tensor, "_version") else ["Tensor._version"]
-    return f"this torch lacks {', '.join(lacks)}" if lacks else None
+    lacks = [f"nn.Module.{name}" for name in ("_modules", "_parameters", *HOOKS) if name not in module.__dict__]
+    inner = torch.nn.modules.module
+    lacks += [f"torch.nn.modules.module.{name}" for name in GLOBAL_HOOKS if not hasattr(inner, name)]
+    looks: dict[str, Callable[[], object]] = {
+        "Tensor._version": lambda: Tensor._version,
+        "torch._C._functorch.peek_interpreter_stack": functorch_active,
+        "torch.jit.is_tracing": tracing,
+        "torch._C._TorchDispatchModeKey or _get_dispatch_mode": symbolic,
+        "torch.autograd.forward_ad._current_level": forward_mode_active,
+    }
+    for name, look in looks.items():
+        try:
+            look()
+        except Exception:
+            lacks.append(name)
+    if lacks:
+        raise LookupError(f"it lacks or has changed {', '.join(lacks)}")
+    return None
 
 
 def submodules(module: nn.Module) -> list[nn.Module]:
@@ -176,6 +225,9 @@ def submodules(module: nn.Module) -> list[nn.Module]:
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -211,9 +263,20 @@ def own_parameters(module: nn.Module) -> Iterable[nn.Parameter | None]:
 
 def global_hooks() -> bool:
     """Whether a hook on every module is set (torch.nn.modules.module.register_module_forward_hook and its like)."""
-    hooks = torch.nn.modules.module
-    forward = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
-    return bool(forward or hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+    return any(getattr(torch.nn.modules.module, name) for name in GLOBAL_HOOKS)
+
+
+@probe("_unsafe_view", "the output is copied once more")
+def unsafe_view_refusal() -> str | None:
+    """Why torch's _unsafe_view cannot be used, in words; None: it can."""
+    if unsafe_view(torch.zeros(6), (2, 3)).shape != (2, 3):
+        raise ArithmeticError("it gives another shape")
+    return None
+
+
+def unsafe_view(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The memory of x in another shape, as a tensor that is no view to autograd."""
+    return torch.ops.aten._unsafe_view(x, shape)  # type: ignore[no-any-return]
 
 
 def reshaped(x: Tensor, *shape: int) -> Tensor:
@@ -221,10 +284,7 @@ def reshaped(x: Tensor, *shape: int) -> Tensor:
 
     A view would not be: a view made under no_grad cannot be edited in place afterwards.
     """
-    try:
-        return torch.ops.aten._unsafe_view(x, shape)  # type: ignore[no-any-return]
-    except AttributeError:
-        return x.reshape(shape).clone()
+    return unsafe_view(x, shape) if unsafe_view_refusal() is None else x.reshape(shape).clone()
 
 
 def version(tensor: Tensor) -> int:
@@ -238,6 +298,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "oneDNN packed linear, float16": lambda: packed_linear_refusal(torch.float16),
     "CPU flash attention, float32": lambda: cpu_flash_refusal(torch.float32),
     "CPU flash attention, bfloat16": lambda: cpu_flash_refusal(torch.bfloat16),
-    "fields of nn.Module": module_fields_refusal,
+    "modules, hooks, versions, tracing": module_fields_refusal,
+    "_unsafe_view": unsafe_view_refusal,
     "varlen attention (CUDA)": varlen_attention_refusal,
 }

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the shell's completion asks for the names and cannot wait for torch
+    import torch
+    from torch import Tensor
 
 SEED = 20240
 _NOT_LIBRARY = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip", "_vendor"}
@@ -65,8 +66,10 @@ class Batch:
         if extra < 0:
             raise ValueError(f"width {width} is below the present {self.input_ids.shape[1]}")
 
+        from torch.nn.functional import pad
+
         def wide(x: Tensor, value: int) -> Tensor:
-            return torch.nn.functional.pad(x, (0, extra), value=value)
+            return pad(x, (0, extra), value=value)
 
         types = None if self.token_type_ids is None else wide(self.token_type_ids, 0)
         return replace(
@@ -242,6 +245,8 @@ def _random_ids(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
 
 
 def _pad(rows: Sequence[Sequence[int]], token_types: bool, pad_id: int) -> Batch:
+    import torch
+
     lengths = tuple(len(row) for row in rows)
     ids = torch.full((len(rows), max(lengths)), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)

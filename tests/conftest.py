@@ -6,6 +6,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.poison import poisoned_memory
+
 pytest_plugins = ["fastbert.pytest_plugin"]
 pytest.register_assert_rewrite("tests.ops.common")
 
@@ -19,10 +21,5 @@ def seeded():
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory is filled with NaN (integers: their largest), so that reading what was never written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    with poisoned_memory():
+        yield

@@ -14,12 +14,13 @@ from fastbert.models.forward import PAD_OUTPUTS, State, logger, make_forward
 from fastbert.models.heads import HEADS, TOKEN_HEADS, make_head_forward
 from fastbert.models.structure import forward_reasons, model_reasons, position_reasons
 from fastbert.models.weights import MatrixCache
+from fastbert.once import once
 from fastbert.ops import samples
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@functools.cache
+@once
 def fast_class(family: Family) -> type[Any]:
     """The accelerated class of a family's base model: the stock class with another forward, under its stock name."""
     stock = hf.stock_class(family.model)
@@ -31,10 +32,13 @@ def fast_class(family: Family) -> type[Any]:
         "forward": make_forward(stock),
         "fastbert_family": family,
     }
-    return type(stock.__name__, (stock,), namespace)
+    kind = type(stock.__name__, (stock,), namespace)
+    if not hf.missing():
+        hf.register_capture_of(kind)
+    return kind
 
 
-@functools.cache
+@once
 def head_class(name: str) -> type[Any]:
     """A stock class with a head whose base model is accelerated when it is made."""
     stock = hf.stock_class(name)
@@ -46,7 +50,7 @@ def head_class(name: str) -> type[Any]:
     return type(name, bases, namespace)
 
 
-@functools.cache
+@once
 def auto_class(name: str) -> type[Any]:
     """A stock Auto class whose models are accelerated; a model of another family comes back as it is."""
     stock = hf.stock_class(name)
@@ -54,8 +58,11 @@ def auto_class(name: str) -> type[Any]:
     def accelerated(method: str) -> classmethod[Any, Any, Any]:
         @functools.wraps(getattr(stock, method).__func__)
         def make(cls: type, *args: Any, **kwargs: Any) -> Any:
-            model = getattr(super(auto, cls), method)(*args, **kwargs)
-            return accelerate(model) if base_models(model) else model
+            made = getattr(super(auto, cls), method)(*args, **kwargs)
+            model = made[0] if isinstance(made, tuple) else made  # (model, info) if output_loading_info
+            if base_models(model):
+                accelerate(model)
+            return made
 
         return classmethod(make)
 
@@ -95,12 +102,28 @@ def base_models(model: nn.Module) -> list[tuple[str, Any, Family]]:
     stock = {f.model: f for f in FAMILIES}
     found = []
     for name, module in model.named_modules():
-        family = getattr(type(module), "fastbert_family", None)
-        if family is None and hf.is_stock(module, stock):
-            family = stock[type(module).__name__]
+        kind = type(module)  # read once: another thread may change it
+        family = getattr(kind, "fastbert_family", None)
+        if family is None and hf.is_stock(kind, stock):
+            family = stock[kind.__name__]
         if family is not None:
             found.append((name, module, family))
     return found
+
+
+def check_module(model: object, function: str) -> None:
+    """Raises TypeError if what was given to a public function is not a torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        hint = "; give it the pipeline's .model" if hasattr(model, "model") else ""
+        raise TypeError(f"fastbert.{function} takes a torch.nn.Module, not {type(model).__name__}{hint}")
+
+
+def known_models(model: nn.Module) -> list[tuple[str, Any, Family]]:
+    """`base_models`; ValueError if there are none."""
+    if found := base_models(model):
+        return found
+    names = ", ".join(f.model for f in FAMILIES)
+    raise ValueError(f"{type(model).__name__} holds no model that fastbert accelerates; it knows {names}")
 
 
 def accelerate(model: Model, pad_output: str | None = None) -> Model:
@@ -124,33 +147,27 @@ def accelerate(model: Model, pad_output: str | None = None) -> Model:
         TypeError: `model` is not a torch.nn.Module.
         ValueError: no supported model is inside it, or `pad_output` is unknown.
     """
-    if not isinstance(model, nn.Module):
-        hint = "; give it the pipeline's .model" if hasattr(model, "model") else ""
-        raise TypeError(f"fastbert.accelerate takes a torch.nn.Module, not {type(model).__name__}{hint}")
+    check_module(model, "accelerate")
     if pad_output not in (None, *PAD_OUTPUTS):
         raise ValueError(f"pad_output is {pad_output!r}; it can be {' or '.join(map(repr, PAD_OUTPUTS))}")
-    found = base_models(model)
-    if not found:
-        names = ", ".join(f.model for f in FAMILIES)
-        raise ValueError(f"{type(model).__name__} holds no model that fastbert accelerates; it knows {names}")
-    exact = reduces_over_positions(model)
+    found = known_models(model)
+    exact, missing = reduces_over_positions(model), hf.missing()  # where names are missing, classes stay HuggingFace's
     for _, base, family in found:
-        if type(base) is hf.stock_class(family.model):
+        if type(base) is hf.stock_class(family.model) and not missing:
             base.__class__ = fast_class(family)
-        if "_fastbert" not in base.__dict__:
-            base._fastbert = State("zeros")
+        state: State | None = base.__dict__.get("_fastbert")
+        if state is None:
+            state = base._fastbert = State("zeros")
             for reason in position_reasons(base.config):
                 logger.warning(
                     f"{reason}: transformers computes absolute positions all the same, so HuggingFace's own path runs"
                 )
-        state: State = base._fastbert
         state.pad_output = pad_output or ("exact" if exact else "zeros")
         state.cache = MatrixCache()
-        if not hf.missing():
-            hf.register_capture(base)
     for module in model.modules():
-        if hf.is_stock(module, TOKEN_HEADS):
-            module.__class__ = head_class(type(module).__name__)
+        kind = type(module)
+        if hf.is_stock(kind, TOKEN_HEADS) and not missing:
+            module.__class__ = head_class(kind.__name__)
     return model
 
 
@@ -163,11 +180,15 @@ def reduces_over_positions(model: nn.Module) -> bool:
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate`: stock classes and the stock path again. Returns the same object."""
+    """Undoes `accelerate`: stock classes and the stock path again. Returns the same object.
+
+    Raises:
+        TypeError: `model` is not a torch.nn.Module.
+    """
+    check_module(model, "restore")
     for _, base, family in base_models(model):
-        if "_fastbert" not in base.__dict__:
+        if base.__dict__.pop("_fastbert", None) is None:
             continue
-        del base._fastbert
         if type(base) is fast_class(family):
             base.__class__ = hf.stock_class(family.model)
     for module in model.modules():
@@ -210,19 +231,23 @@ class Explanation:
 
     Args:
         models: one for each base model inside.
-        backends: op → backend in order of choice → why it refuses a typical call; empty: it takes it.
+        backends: op → backend in order of choice → why it refuses a typical call; empty: it takes it. Nothing on a
+            device where the fast path does not run.
+        kernels: op → what is known of the kernel of fastbert's own that runs it ("self-check passed").
     """
 
     models: list[BaseExplanation]
     backends: dict[str, dict[str, list[str]]]
+    kernels: dict[str, str]
 
     def __str__(self) -> str:
         lines = [str(model) for model in self.models]
-        lines.append("which backend runs an op on the fast path:")
+        lines += ["which backend runs an op on the fast path:"] if self.backends else []
         for op, backends in self.backends.items():
             taker = next((name for name, reasons in backends.items() if not reasons), "none")
             refused = [f"{name}: {'; '.join(reasons)}" for name, reasons in backends.items() if reasons]
-            lines.append(f"  {op}: {taker}" + (f" (not {' | '.join(refused)})" if refused else ""))
+            kernel = f", {self.kernels[op]}" if op in self.kernels else ""
+            lines.append(f"  {op}: {taker}{kernel}" + (f" (not {' | '.join(refused)})" if refused else ""))
         return "\n".join(lines)
 
 
@@ -230,14 +255,16 @@ def explain(model: nn.Module) -> Explanation:
     """What runs where in `model`, and in words why not elsewhere; `print` it.
 
     Raises:
-        ValueError: nothing in `model` was accelerated.
+        TypeError: `model` is not a torch.nn.Module.
+        ValueError: no supported model is inside it, or none was accelerated.
     """
-    found = [entry for entry in base_models(model) if "_fastbert" in entry[1].__dict__]
+    check_module(model, "explain")
+    states = [(name, base, family, base.__dict__.get("_fastbert")) for name, base, family in known_models(model)]
+    found = [entry for entry in states if entry[3] is not None]
     if not found:
         raise ValueError(f"nothing in {type(model).__name__} was accelerated: call fastbert.accelerate on it first")
     explanations = []
-    for name, base, family in found:
-        state: State = base._fastbert
+    for name, base, family, state in found:
         explanations.append(
             BaseExplanation(
                 name=name,
@@ -249,4 +276,5 @@ def explain(model: nn.Module) -> Explanation:
             )
         )
     word = found[0][1].embeddings.word_embeddings.weight
-    return Explanation(explanations, samples.op_backends(str(word.device), word.dtype))
+    backends = samples.op_backends(str(word.device), word.dtype)
+    return Explanation(explanations, backends, samples.standings(backends, str(word.device), word.dtype))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections import Counter
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,21 +16,15 @@ from torch import Tensor, nn
 
 from fastbert import hf, layers, ops, torch_private
 from fastbert.layers import Packing
-from fastbert.models.families import Family, tables_of
+from fastbert.models.families import tables_of
+from fastbert.models.inputs import add_faults, call_reasons, family_of, first_position, wanted_hidden_states
 from fastbert.models.structure import LayerModules, Structure, at, examine, model_reasons
 from fastbert.models.weights import MatrixCache, rate, read_dropout, read_layer, read_product, wants_graph
 
 logger = logging.getLogger("fastbert")
 
-INDICES = ("input_ids", "position_ids", "token_type_ids", "task_type_ids")  # in the order of tables_of
 PAD_OUTPUTS = ("zeros", "exact")
 MOST_REASONS = 64
-STEP_ASIDE_ARGUMENTS = (
-    "encoder_hidden_states", "encoder_attention_mask", "past_key_values", "is_causal", "softcap", "position_bias",
-    "cache", "debug_io", "head_mask",
-    # names of HuggingFace's inner functions, which raise when they are given twice
-    "module", "hidden_states", "query", "key", "value", "dropout", "scaling",
-)  # fmt: skip
 
 # Why the base model must keep HuggingFace's pad rows in this call, in words: a head that has seen its labels says so.
 exact_call: ContextVar[str] = ContextVar("fastbert_exact_call", default="")
@@ -47,7 +40,7 @@ class State:
     def __init__(self, pad_output: str) -> None:
         self.pad_output = pad_output
         self.cache = MatrixCache()
-        self.calls: Counter[str] = Counter()  # "" = fast, else the reason for the stock path
+        self.calls: dict[str, int] = {}  # "" = fast, else the reason for the stock path
         self.structure: Structure | None = None
 
     def __reduce__(self) -> tuple[type[State], tuple[str]]:
@@ -64,107 +57,9 @@ class State:
     def count(self, reason: str) -> None:
         """Counts a forward under its reason for the stock path; some hold shapes, so they are kept from being many."""
         known = reason in self.calls or len(self.calls) < MOST_REASONS
-        self.calls[reason if known else "for more reasons than are kept"] += 1
-
-
-def family_of(model: Any) -> Family:
-    """The family of an accelerated base model."""
-    family: Family = type(model).fastbert_family
-    return family
-
-
-def call_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
-    """Why this call runs the stock path."""
-    reasons = [f"{name} was given" for name in STEP_ASIDE_ARGUMENTS if inputs.get(name) is not None]
-    if hf.output_collector():
-        reasons.append("an outer model captures outputs")
-    if inputs.get("output_attentions", getattr(model.config, "output_attentions", False)):
-        reasons.append("attentions were asked for")
-    if wanted_hidden_states(model, inputs) is None:
-        reasons.append("output_hidden_states is no flag, and this version of transformers takes no indices")
-    return reasons + input_reasons(model, inputs)
-
-
-def wanted_hidden_states(model: Any, inputs: dict[str, Any]) -> set[int] | None:
-    """The indices of the hidden states that a call asks for, 0 the embeddings' output; None: it asks strangely."""
-    wanted = inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False))
-    return hf.hidden_state_indices(wanted, len(at(model, family_of(model).layers)) + 1)
-
-
-def input_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
-    """Which inputs have shapes that the fast path does not take; HuggingFace's own path broadcasts or rejects them."""
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    given = ids if embeds is None else embeds
-    dimensions = 2 if embeds is None else 3
-    if not isinstance(given, Tensor) or (ids is None) == (embeds is None) or given.dim() != dimensions:
-        return ["not exactly one of input_ids [B, S] and inputs_embeds [B, S, H] was given"]
-    shape = tuple(given.shape[:2])
-    if 0 in shape:
-        return [f"the batch is empty: {list(shape)}"]
-    if type(given) is not Tensor:
-        return [f"the input is {type(given).__name__}, not a plain tensor"]
-    reasons = []
-    chunk = getattr(model.config, "chunk_size_feed_forward", 0)  # chunks change the memory used, not the numbers
-    if chunk and shape[1] % chunk:
-        reasons.append(f"{shape[1]} tokens are no multiple of chunk_size_feed_forward {chunk}")
-    if given.device != model.embeddings.word_embeddings.weight.device:
-        reasons.append(f"the input is on {given.device}, the model is not")
-    if embeds is not None and embeds.dtype != model.embeddings.word_embeddings.weight.dtype:
-        reasons.append(f"inputs_embeds is {embeds.dtype}, the model is not")
-    width = model.embeddings.word_embeddings.embedding_dim
-    if embeds is not None and embeds.shape[2] != width:
-        reasons.append(f"inputs_embeds has {embeds.shape[2]} channels, the tables have {width}")
-    tables = tables_of(family_of(model), model.embeddings)
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    flattened = inputs.get("cu_seq_lens_q") is not None
-    if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != shape):
-        reasons.append(f"attention_mask is not a tensor [{shape[0]}, {shape[1]}]")
-    for name, _ in list(zip(INDICES, tables, strict=False))[2:]:
-        if inputs.get(name) is not None and tuple(inputs[name].shape) != shape:
-            reasons.append(f"{name} has shape {list(inputs[name].shape)}, not {list(shape)}")
-    if positions is not None and tuple(positions.shape) not in (shape, (1, shape[1])):
-        reasons.append(f"position_ids has shape {list(positions.shape)}, not {list(shape)}")
-    reasons += flattened_reasons(inputs, shape)
-    table = model.embeddings.position_embeddings.num_embeddings
-    for name, rows_of in zip(INDICES, tables, strict=False):
-        reasons += index_reasons(name, inputs.get(name), getattr(model.embeddings, rows_of).num_embeddings)
-    if not flattened and positions is None and shape[1] > table - first_position(model):
-        reasons.append(f"sequences of {shape[1]} tokens are longer than the position table allows")
-    return reasons
-
-
-def index_reasons(name: str, rows: Tensor | None, size: int) -> list[str]:
-    """Why a tensor cannot index a table of `size` rows; values are looked at on a CPU only."""
-    if rows is None:
-        return []
-    if rows.dtype not in (torch.int64, torch.int32):
-        return [f"{name} is {rows.dtype}, not int64 or int32"]
-    if rows.device.type == "cpu":
-        low, high = rows.aminmax()
-        if int(low) < 0 or int(high) >= size:
-            return [f"{name} reaches outside its table of {size} rows"]
-    return []
-
-
-def flattened_reasons(inputs: dict[str, Any], shape: tuple[int, ...]) -> list[str]:
-    """Why flattened input [1, T] with cu_seq_lens_q cannot be taken as packed sequences."""
-    bounds, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
-    if bounds is None:
-        return []
-    if shape[0] != 1 or inputs.get("attention_mask") is not None:
-        return ["cu_seq_lens_q was given with a mask or with more than one row"]
-    if not isinstance(bounds, Tensor) or bounds.dim() != 1 or bounds.numel() < 2 or bounds.is_floating_point():
-        return ["cu_seq_lens_q is not a tensor [B+1] of integers"]
-    if bounds.device.type == "cpu":
-        lengths = bounds.diff()
-        if bounds[0] != 0 or bounds[-1] != shape[1] or lengths.min() < 0 or (longest and lengths.max() > int(longest)):
-            return ["cu_seq_lens_q does not cut the row from its start to its end"]
-    return []
-
-
-def first_position(model: Any) -> int:
-    """The position of a sequence's first token."""
-    return int(model.embeddings.padding_idx) + 1 if family_of(model).positions == "after_padding" else 0
+        key = reason if known else "for more reasons than are kept"
+        self.calls.setdefault(key, 0)
+        self.calls[key] += 1  # no call of Python between its read and its write, so no other thread either
 
 
 def pack_inputs(inputs: dict[str, Any], state: State) -> tuple[Packing | None, str]:
@@ -337,7 +232,8 @@ def make_forward(stock: type[Any]) -> Any:
         if state is None:  # a user's subclass of ours, after `restore`
             return stock.forward(self, *args, **kwargs)
         if torch_private.transforms_active():
-            state.count("a trace, an export, a transform or FakeTensorMode is at work")
+            unseen = torch_private.module_fields_refusal()
+            state.count(unseen or "a trace, an export, a transform or FakeTensorMode is at work")
             return stock.forward(self, *args, **kwargs)
         if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
             return stock.forward(self, *args, **kwargs)  # which raises
@@ -349,10 +245,13 @@ def make_forward(stock: type[Any]) -> Any:
             reasons = [reason]
         state.count("; ".join(reasons))
         if packing is None:
-            warn_once(reasons)
             if torch.is_grad_enabled():
                 state.cache = MatrixCache()  # a fused optimizer's step moves no version of a parameter
-            return stock.forward(self, *args, **kwargs)
+            try:
+                return stock.forward(self, *args, **kwargs)
+            except Exception as error:
+                add_faults(error, self, inputs)
+                raise
         output = run(self, structure, state.cache, inputs, packing)
         as_tuple = inputs.get("return_dict", getattr(self.config, "return_dict", True)) is False
         return output.to_tuple() if as_tuple else output
@@ -360,14 +259,3 @@ def make_forward(stock: type[Any]) -> Any:
     forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # whoever unwraps a forward that he replaced must stop at ours, not at the stock one
     return forward
-
-
-@functools.cache
-def _warn(message: str) -> None:
-    logger.warning(message)
-
-
-def warn_once(reasons: list[str]) -> None:
-    """One warning in the life of the process if a private name of transformers is missing."""
-    if hf.missing():
-        _warn(f"fastbert runs HuggingFace's own path: {'; '.join(r for r in reasons if 'lacks' in r)}")

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbert import hf, torch_private
+from fastbert import devices, hf, torch_private
 from fastbert.models.families import Family, tables_of
 from fastbert.torch_private import parameter
 
-DEVICES = ("cpu", "cuda")
 # What may stand at the place of an nn.Linear: a row of its output depends on that row of its input alone, so that it
 # can be called on packed tokens.
 TOKENWISE = ("peft.tuners.lora.layer.Linear",)
@@ -239,20 +238,25 @@ def forward_reasons(model: Any) -> list[str]:
     return ["the forward of the model was replaced on the instance"] if "forward" in model.__dict__ else []
 
 
+def replaced_reasons(module: nn.Module, model: Any, methods: frozenset[str]) -> list[str]:
+    """Which of these methods a module has as an attribute of its own, where its class's should stand."""
+    return [f"the {name} of {name_of(module, model)} was replaced" for name in sorted(methods & module.__dict__.keys())]
+
+
 def state_reasons(structure: Structure, model: Any) -> list[str]:
     """What may change from call to call in the modules: hooks, offloading, a replaced forward."""
     if torch_private.global_hooks():
         return ["a hook on every module is set"]
-    if hf.CREATE_MASKS in model.__dict__:
-        return [f"{hf.CREATE_MASKS} was replaced on the instance"]
+    if replaced := replaced_reasons(model, model, hf.METHODS - {"forward"}):  # see forward_reasons
+        return replaced
     for module in structure.tokenwise:
         if any(torch_private.hooks_of(inner) for inner in module.modules()):
             return [f"a hook is set on or inside {name_of(module, model)}"]
     for module in torch_private.unusual(structure.fixed, hf.MARKS):
         if hf.is_offloaded(module):
             return [f"{name_of(module, model)} is offloaded (it has an {hf.OFFLOADED})"]
-        if replaced := sorted(hf.METHODS.intersection(module.__dict__)):
-            return [f"the {replaced[0]} of {name_of(module, model)} was replaced"]
+        if replaced := replaced_reasons(module, model, hf.METHODS):
+            return replaced
         words = module is model.embeddings.word_embeddings
         hooks = [h for h in torch_private.hooks_of(module) if not (words and hf.is_gradient_hook(h))]
         if any(not hf.is_capturing_hook(hook) for hook in hooks):
@@ -266,8 +270,8 @@ def parameter_reasons(structure: Structure, model: Any, family: Family) -> list[
     if any(table.max_norm is not None or table.sparse or table.scale_grad_by_freq for table in tables):
         return ["an embedding has a max_norm, sparse gradients, or gradients scaled by frequency"]
     dtype, device = tables[0].weight.dtype, tables[0].weight.device
-    if device.type not in DEVICES:
-        return [f"the model is on {device.type}; the fast path runs on {' and '.join(DEVICES)}"]
+    if refusals := devices.refusals(device):
+        return [f"the model is on {refusal}" for refusal in refusals]
     found = [table.weight for table in tables]
     norms = [model.embeddings.LayerNorm]
     projection = getattr(model, family.projection or "", None)

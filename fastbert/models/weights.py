@@ -65,9 +65,10 @@ class MatrixCache:
         entry = self.entries.get(name)
         if entry is not None and entry.stamp == stamp and all(map(torch.equal, entry.samples, entry.live)):
             return entry.tensor
-        tensor = ops.pack_weight(joined(parameters, dtype))
         live = tuple(sample(p) for p in parameters)
-        self.entries[name] = Prepared(tensor, stamp, tuple(view.clone() for view in live), live)
+        samples = tuple(view.clone() for view in live)  # before packing: another thread's edit meanwhile is seen later
+        tensor = ops.pack_weight(joined(parameters, dtype))
+        self.entries[name] = Prepared(tensor, stamp, samples, live)
         return tensor
 
     def nbytes(self) -> int:

@@ -28,6 +28,7 @@ from fastbert.ops.reference import keep_mask, only, statistics_dtype
 
 SUMMED_COLUMNS = 192  # oneDNN adds products one after the other: over more of them fp32 is less exact than MKL
 FEW_ROWS, FEW_COLUMNS = 3, 512  # up to here MKL adds in another order, and is more exact still
+NARROW = 16  # columns of a product from which oneDNN's fp32 kernels are as exact as they are for wide ones
 SHORT_ROWS, MANY_PARTS = 16, 8  # up to so few rows MKL's one product is faster than so many
 BLOCK_ROWS = 512  # of [T, N] sums that should stay in a CPU's cache
 
@@ -151,8 +152,8 @@ def refuse_varlen(qkv: Tensor) -> list[str]:
     reasons += [] if qkv.dtype in (torch.float16, torch.bfloat16) else [f"{qkv.dtype} is not 16-bit"]
     dim = qkv.shape[3]
     reasons += [] if dim % 8 == 0 and dim <= 256 else [f"head dim {dim} is no multiple of 8 up to 256"]
-    missing = private.varlen_attention_refusal()
-    return [*reasons, missing] if missing else reasons
+    missing = None if reasons else private.varlen_attention_refusal()  # its module takes a second to import
+    return [missing] if missing else reasons
 
 
 def attention_backward(
@@ -334,9 +335,10 @@ def packs(device: str, dtype: torch.dtype) -> bool:
 def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
     """weight [N, K] as this backend multiplies fastest with it: a packed copy on a CPU, else itself.
 
-    In fp32 the copy is split into ranges of at most SUMMED_COLUMNS columns.
+    In fp32 the copy is split into ranges of at most SUMMED_COLUMNS columns. A weight of fewer than NARROW rows is not
+    packed: oneDNN's kernels for so few columns of a product are less exact.
     """
-    if weight.numel() == 0 or not packs(weight.device.type, weight.dtype):
+    if weight.shape[0] < NARROW or weight.numel() == 0 or not packs(weight.device.type, weight.dtype):
         return weight.detach()
     columns = weight.shape[1]
     count = -(-columns // SUMMED_COLUMNS) if weight.dtype == torch.float32 else 1

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from fastbert.ops import self_check
 from fastbert.ops.packed import PackedWeight
+from fastbert.proven import OWN
 
 NO_BACKWARD = "fastbert.ops.{} cannot be differentiated: {}"
 
@@ -39,15 +41,19 @@ class Backend:
         run: the implementation; takes the op's arguments.
         refuse: takes the op's arguments and returns all reasons, in words, why `run` cannot take them; None: never.
         devices: device types on which it is chosen by itself; empty: any.
+        verdicts: of a kernel of ours, what is known of it: (dtype, device or card) → why it may not run; "": it may.
     """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[..., list[str]] | None = None
     devices: tuple[str, ...] = ()
+    verdicts: dict[tuple[torch.dtype, torch.device | str], str] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def reasons(self, *args: Any) -> list[str]:
-        """All reasons, in words, why this backend cannot take the call; empty: it can."""
+        """All reasons, in words, why this backend is not made for the call; empty: it is."""
         device = args[0].device.type
         if self.devices and device not in self.devices:
             return [f"it runs on {' and '.join(self.devices)}, not on {device}"]
@@ -91,6 +97,7 @@ class Op:
         fake: gives empty outputs of the right shapes, for tracing.
         check: takes the op's arguments and returns what is wrong with them, in words.
         gradient: how it is differentiated; None: not at all.
+        forward: of a backward op, the op whose gradients it computes.
 
     Raises:
         ValueError: shapes or dtypes do not fit the op.
@@ -103,6 +110,7 @@ class Op:
     fake: Callable[..., Any]
     check: Callable[..., list[str]]
     gradient: Gradient | None = None
+    forward: Op | None = field(default=None, init=False, repr=False)
     backends: dict[str, Backend] = field(default_factory=dict)
     _order: dict[str, tuple[Backend, ...]] = field(default_factory=dict)
 
@@ -113,6 +121,7 @@ class Op:
         if self.gradient is None:
             torch.library.register_autograd(f"fastbert::{self.name}", self.no_backward, lib=_library)
         else:
+            self.gradient.op.forward = self
             torch.library.register_autograd(
                 f"fastbert::{self.name}", self.backward, setup_context=self.save_for_backward, lib=_library
             )
@@ -124,11 +133,11 @@ class Op:
 
     def arguments(self) -> tuple[str, ...]:
         """The names of the op's inputs."""
-        return tuple(argument.name for argument in self.overload._schema.arguments)
+        return names_in(self.schema.partition("->")[0])
 
     def returns(self) -> tuple[str, ...]:
         """The names of the op's outputs."""
-        return tuple(output.name for output in self.overload._schema.returns)
+        return names_in(self.schema.partition("->")[2])
 
     def no_backward(self, *args: Any) -> None:
         """The backward of an op that has none."""
@@ -208,13 +217,13 @@ class Op:
     def dispatch(self, *args: Any) -> Any:
         """Runs the call on the first candidate that accepts it, in the dtypes of its inputs (autocast is off)."""
         device = args[0].device.type
-        if torch.is_autocast_enabled(device):
+        if has_autocast(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.dispatch(*args)
         if wrong := self.check(*args):
             raise ValueError(f"fastbert.ops.{self.name}: {'; '.join(wrong)}")
         for backend in self.candidates(device):
-            if not backend.reasons(*args):
+            if not backend.reasons(*args) and (backend.name not in OWN or not self.doubt(backend, args)):
                 calls = _recording.get()
                 if calls is not None:
                     shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
@@ -222,16 +231,41 @@ class Op:
                 return backend.run(*args)
         raise BackendRefused(self.explain(*args))
 
+    def doubt(self, backend: Backend, args: tuple[Any, ...]) -> str:
+        """Why a kernel of ours may not run yet, or no more; "": it may. After its first use this is one look-up."""
+        dtype, device = self_check.dtype_of(args), args[0].device
+        known = backend.verdicts.get((dtype, device))
+        return self_check.refusal(self, backend, dtype, device) if known is None else known
+
+    def reasons(self, backend: Backend, *args: Any) -> list[str]:
+        """All reasons, in words, why one of the backends does not take the call; empty: it does."""
+        if (reasons := backend.reasons(*args)) or backend.name not in OWN:
+            return reasons
+        doubt = self.doubt(backend, args)
+        return [doubt] if doubt else []
+
     def explain(self, *args: Any) -> str:
         """In words, why no candidate takes this call."""
         device = args[0].device.type
         names = _forced.get()
         lines = [f"fastbert.ops.{self.name}: no backend takes this call on {device}"]
         for backend in self.candidates(device):
-            lines += [f"  {backend.name}: {reason}" for reason in backend.reasons(*args)]
+            lines += [f"  {backend.name}: {reason}" for reason in self.reasons(backend, *args)]
         absent = [name for name in names or () if name not in self.backends]
         lines += [f"  {name}: not a backend of this op (it has {', '.join(self.backends)})" for name in absent]
         return "\n".join(lines)
+
+
+@functools.cache
+def names_in(side: str) -> tuple[str, ...]:
+    """The names in one side of a schema, such as "(Tensor x, SymInt[] sizes, float p=0.0)"."""
+    return tuple(part.split("=")[0].split()[-1] for part in side.strip("() ").split(",") if part.strip())
+
+
+@functools.cache
+def has_autocast(device: str) -> bool:
+    """Whether torch knows autocast on a device type; of others it cannot be asked whether it is on."""
+    return torch.amp.is_autocast_available(device)
 
 
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")

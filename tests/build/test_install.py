@@ -1,136 +1,124 @@
-"""Installing with, without and with half a toolchain; what a wheel holds; fastbert.kernels in every kind of install."""
+"""Every way to install fastbert, beside every combination of the index's `kernels` and Triton: what a program finds."""
 
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
-import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from json import loads
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from pytest import MonkeyPatch
+import torch
 
-from tests.build.conftest import ROOT
+from tests.build.conftest import KERNEL, OFFLINE, PIP, ROOT, TELL, python
 
-PIP = ["-m", "pip", "--disable-pip-version-check", "-q"]
-OFFLINE = ["--no-build-isolation", "--no-deps", "--no-index"]
-TELL = "from fastbert.native import load; n = load(); print(n.available, n.has_cuda, n.reason or n.cuda_reason)"
-KERNEL = "import sys, fastbert.kernels.probe as p; print(p.PLACE, 'kernels' in sys.modules)"
-
-
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is installed, with one kernel in it and nothing built."""
-    tree = tmp_path_factory.mktemp("tree")
-    shutil.copytree(ROOT / "fastbert", tree / "fastbert", ignore=shutil.ignore_patterns("__pycache__", "_native.*"))
-    for folder in ("csrc", "kernels"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / file).exists():
-            shutil.copy(ROOT / file, tree)
-    (tree / "kernels/probe.py").write_text("PLACE = __file__\n")
-    return tree
+USE = (Path(__file__).parent / "use.py").read_text()
+STRICT = ["--config-settings", "editable_mode=strict"]
+WAYS = {  # what pip is given, in a copy of the repository
+    "wheel": ["install", *OFFLINE, "."],
+    "wheel, built in isolation": ["install", "--no-deps", "."],  # fetches setuptools and ninja
+    "sdist": ["install", *OFFLINE, "fastbert_kernels-0.1.0.tar.gz"],
+    "editable, lenient": ["install", *OFFLINE, "-e", "."],
+    "editable, strict": ["install", *OFFLINE, *STRICT, "-e", "."],
+    "uninstalled": [],  # Python runs in the repository
+}
+NOT_BUILT = "the native library was not built: fastbert runs from a folder in which it was not installed"
 
 
-def python(*arguments: str, cwd: Path, executable: str = sys.executable, **variables: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CXX", "PYTHONPATH")}
-    environment |= {"HF_HUB_OFFLINE": "1"} | variables
-    run = subprocess.run([executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout.strip()
+@dataclass(frozen=True)
+class Install:
+    """A Python, the folder to run it in, and the folder that is fastbert.kernels there."""
+
+    python: str
+    cwd: Path
+    kernels: Path
 
 
-def unpacked_wheel(tree: Path, to: Path, **variables: str) -> Path:
-    """Builds a wheel of a copy of `tree` (builds leave files behind) and returns the folder of its contents."""
-    shutil.copytree(tree, to / "tree")
-    python(*PIP, "wheel", *OFFLINE, "-w", str(to), ".", cwd=to / "tree", **variables)
-    (wheel,) = to.glob("*.whl")
-    assert wheel.name == f"fastbert_kernels-0.1.0-py3-none-{sysconfig.get_platform().replace('-', '_')}.whl"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(to / "site")
-    return to / "site"
+def make_venv(folder: Path) -> tuple[str, Path]:
+    """A virtual environment that has the packages of this one, without its fastbert: its Python and site-packages."""
+    venv.create(folder, symlinks=True)
+    executable = str(folder / "bin/python")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "torch").symlink_to(Path(torch.__file__).parent)  # where an isolated build looks for it
+    return executable, site
 
 
-def test_without_a_compiler(tree: Path, tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    nothing = str(tmp_path / "bin")
-    site = unpacked_wheel(tree, tmp_path, PATH=nothing, CUDA_HOME=nothing)
-    assert not (site / "fastbert/_native.so").exists()
-    said = python("-c", TELL, cwd=site)
-    assert said == "False False no C++ compiler (g++, c++ or clang++) was found when fastbert was built"
+@pytest.fixture(scope="module")
+def install(source: Path, compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Install]:
+    """install(way): fastbert installed in one of the WAYS, without nvcc; each once."""
+
+    @cache
+    def make(way: str) -> Install:
+        folder = tmp_path_factory.mktemp("install")
+        executable, site = make_venv(folder / "venv")
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir()
+        tree = folder / "tree"
+        shutil.copytree(source, tree)
+        if way == "sdist":
+            python("-c", "from setuptools import build_meta; build_meta.build_sdist('.')", cwd=tree)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # with ninja
+        if WAYS[way]:
+            python(*PIP, *WAYS[way], cwd=tree, executable=executable, PATH=path, CUDA_HOME=str(elsewhere))
+        in_tree = way.startswith(("editable", "uninstalled"))
+        kernels = tree / "kernels" if in_tree else site / "fastbert/kernels"
+        return Install(executable, tree if way == "uninstalled" else elsewhere, kernels)
+
+    return make
 
 
-def test_without_nvcc(tree: Path, tmp_path: Path, compiler: str) -> None:
-    site = unpacked_wheel(tree, tmp_path, CUDA_HOME=str(tmp_path))
-    assert python("-c", TELL, cwd=site) == "True False nvcc was not found when fastbert was built"
-    check_contents(site)
-    other = tmp_path / "other"
-    (other / "kernels").mkdir(parents=True)  # as the index's project of that name is installed
-    (other / "kernels/__init__.py").write_text("theirs = True\n")
-    assert python("-c", KERNEL, cwd=other, PYTHONPATH=str(site)) == f"{site}/fastbert/kernels/probe.py False"
-    assert python("-c", "import fastbert, kernels; print(kernels.theirs)", cwd=other, PYTHONPATH=str(site)) == "True"
-
-
-def check_contents(site: Path) -> None:
-    packages = {path.name for path in site.iterdir()}
-    assert packages == {"fastbert", "fastbert_kernels-0.1.0.dist-info"}
-    for file in ("py.typed", "_native.so", "_native.json", "kernels/probe.py", "kernels/README.md", "ops/registry.py"):
-        assert (site / "fastbert" / file).is_file(), file
-    assert not list(site.rglob("*.c[pu]*"))
-    assert "fastbert = fastbert.cli:main" in (site / "fastbert_kernels-0.1.0.dist-info/entry_points.txt").read_text()
-
-
-def test_a_compiler_that_fails(setup_py: ModuleType, tmp_path: Path, compiler: str, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(setup_py, "CXX_FLAGS", "-std=c++17 -include missing.h")
-    absent = setup_py.build_library(tmp_path / "_native.so", tmp_path / "work")
-    assert "missing.h" in absent["library"] and "failed when fastbert was built" in absent["library"]
-    assert not (tmp_path / "_native.so").exists()
-
-
-def test_nvcc_that_fails(setup_py: ModuleType, tmp_path: Path, compiler: str, monkeypatch: MonkeyPatch) -> None:
-    broken = tmp_path / "nvcc"
-    broken.write_text("#!/bin/sh\necho error: too new a compiler >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setattr(setup_py, "find_nvcc", lambda: str(broken))
-    absent = setup_py.build_library(tmp_path / "_native.so", tmp_path / "work")
-    assert absent == {"library": "", "cuda": "nvcc failed when fastbert was built: error: too new a compiler"}
-    assert (tmp_path / "_native.so").exists()
-
-
-def test_kernels_in_a_checkout_that_is_not_installed(tree: Path) -> None:
-    assert python("-c", KERNEL, cwd=tree) == f"{tree}/kernels/probe.py False"
+@pytest.fixture(scope="module")
+def packages() -> Iterator[Path]:
+    """A folder with the index's `kernels` in a folder of that name, and Triton in another."""
+    with tempfile.TemporaryDirectory() as folder:  # a gigabyte, which pytest's own would keep
+        for name in ("kernels", "triton"):
+            constraints = str(ROOT / "requirements/constraints.txt")
+            python(*PIP, "install", "--no-deps", "-c", constraints, "--target", f"{folder}/{name}", name, cwd=ROOT)
+        yield Path(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tools", ["a compiler", "no compiler"])
-@pytest.mark.parametrize("mode", ["lenient", "strict"])
-def test_editable(mode: str, tools: str, tree: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    shutil.copytree(tree, tmp_path / "tree")
-    venv.create(tmp_path / "venv", symlinks=True)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    executable = str(tmp_path / "venv/bin/python")
-    tell_purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    purelib = python("-c", tell_purelib, cwd=tmp_path, executable=executable)
-    (Path(purelib) / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch and the build's tools
-    path = str(elsewhere)
-    if tools == "a compiler":
-        request.getfixturevalue("compiler")
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    strict = ["--config-settings", "editable_mode=strict"] if mode == "strict" else []
-    install = [*PIP, "install", *OFFLINE, *strict, "-e", "."]
-    python(*install, cwd=tmp_path / "tree", executable=executable, PATH=path, CUDA_HOME=str(elsewhere))
-    place, shadows = python("-c", KERNEL, cwd=elsewhere, executable=executable).split()
-    assert (Path(place).resolve(), shadows) == (tmp_path / "tree/kernels/probe.py", "False")
-    said = python("-c", TELL, cwd=elsewhere, executable=executable)
-    assert said.startswith("True False nvcc was not" if tools == "a compiler" else "False False no C++ compiler")
+@pytest.mark.parametrize(
+    "beside", [[], ["kernels"], ["triton"], ["kernels", "triton"]], ids=lambda b: "+".join(b) or "alone"
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_program(way: str, beside: list[str], install: Callable[[str], Install], packages: Path) -> None:
+    installed, uninstalled = install(way), way == "uninstalled"
+    path = os.pathsep.join(str(packages / name) for name in beside)
+    hidden = [] if "triton" in beside else ["triton"]  # which torch for CUDA brings
+    found = loads(python("-c", USE, *hidden, cwd=installed.cwd, executable=installed.python, PYTHONPATH=path))
+
+    def place(name: str, otherwise: str) -> str:
+        return str(packages / name / name / "__init__.py") if name in beside else otherwise
+
+    assert Path(found.pop("fastbert.kernels")).resolve() == installed.kernels / "probe.py"
+    assert not found.pop("kernels, as transformers sees it") or "kernels" in beside  # it wants certain versions of it
+    assert found == {
+        "kernels": place("kernels", "a folder" if uninstalled else "nowhere"),  # ours is no package: theirs goes before
+        "triton": place("triton", "nowhere"),
+        "native": NOT_BUILT if uninstalled else "",
+        "cuda": NOT_BUILT if uninstalled else "nvcc was not found when fastbert was built",
+        "parity": True,
+        "forwards": {"": 1, "attentions were asked for": 1},
+    }
 
 
 @pytest.mark.slow
-def test_the_whole_library(tree: Path, tmp_path: Path, nvcc: str, compiler: str) -> None:
-    site = unpacked_wheel(tree, tmp_path)
-    assert python("-c", TELL, cwd=site) == "True True"
-    check_contents(site)
+@pytest.mark.parametrize("way", ["editable, lenient", "editable, strict"])
+def test_editable_without_a_compiler(way: str, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "tree")
+    executable, _ = make_venv(tmp_path / "venv")
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    python(*PIP, *WAYS[way], cwd=tmp_path / "tree", executable=executable, PATH=str(nothing), CUDA_HOME=str(nothing))
+    assert python("-c", TELL, cwd=nothing, executable=executable).startswith("False False no C++ compiler")
+
+
+def test_kernels_in_a_checkout_that_is_not_installed(source: Path) -> None:
+    assert python("-c", KERNEL, cwd=source) == f"{source}/kernels/probe.py False"

@@ -1,6 +1,7 @@
 """csrc/cuda/unpad.cu without a GPU: compiled unchanged for the CPU over emulator/cuda_runtime.h."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class Mask(ctypes.Structure):  # csrc/unpad.h
 
 def compile_emulated(csrc: Path, compiler: str, target: Path) -> Unpad:
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    flags += os.environ.get("CXXFLAGS", "").split()  # test_sanitizers.py's
     command = [compiler, *flags, f"-I{EMULATOR}", f"-I{csrc}", str(EMULATOR / "unpad.cpp"), "-o", str(target)]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(target))

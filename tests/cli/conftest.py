@@ -4,6 +4,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from fastbert import workloads
+from tests.cli.common import shorten
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "of", "a", "return", "is", "to", ".", ",", "("]
 
@@ -43,3 +44,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def docstrings():
     return workloads.standard_library_docstrings()
+
+
+@pytest.fixture
+def short(monkeypatch, docstrings):
+    shorten(monkeypatch, docstrings)

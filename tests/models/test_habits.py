@@ -148,7 +148,7 @@ STOCK = {
     max_norm: "an embedding has a max_norm",
     plain_embedding_norm: "a LayerNorm has no gain, no bias",
     half_of_it_bf16: "the parameters are not all torch.bfloat16",
-    masks_of_the_users: "_create_attention_masks was replaced on the instance",
+    masks_of_the_users: "the _create_attention_masks of the model was replaced",
     a_weight_that_is_no_parameter: "a weight is Tensor, not torch.nn.Parameter",
     a_new_child: "encoder.layer.0.adapter is torch.nn.modules.linear.Linear",
     parametrized: "encoder.layer.0.output.dense is",

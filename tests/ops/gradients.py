@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import stock
-from benchmarks.cases import backward_arguments
 from fastbert import ops
+from fastbert.ops.sample_calls import backward_arguments
 from fastbert.parity import judge
 from tests.ops.cases import NO_TOKENS, SPECS, Arguments, Case, Spec, cast, gelu_inputs, normal
 from tests.ops.common import EDGES, Backend, as_tuple, strided

@@ -5,31 +5,7 @@ import torch
 
 from fastbert import ops
 from tests.ops.cases import LINEAR as SPEC
-from tests.ops.common import (  # noqa: F401
-    test_dtypes_and_shapes,
-    test_inputs_are_not_written,
-    test_opcheck,
-    test_other_sequences_do_not_matter,
-    test_parity,
-    test_reference_is_the_formula,
-    test_reruns_are_bitwise_equal,
-    test_strided_inputs,
-)
-from tests.ops.gradients import (  # noqa: F401
-    test_a_backward_op_is_not_differentiated_itself,
-    test_gradcheck,
-    test_gradients,
-    test_gradients_are_bitwise_the_same_again,
-    test_gradients_of_strided_tensors,
-    test_gradients_share_no_memory,
-    test_no_tokens_no_gradient,
-    test_only_what_is_needed_is_returned,
-    test_opcheck_of_gradients,
-    test_opcheck_of_the_backward,
-    test_other_sequences_get_no_gradient,
-    test_reference_gradients_are_the_formulas,
-    test_second_derivatives,
-)
+from tests.ops.every_op import *  # noqa: F403
 
 
 @pytest.mark.parametrize(

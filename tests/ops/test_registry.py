@@ -46,6 +46,8 @@ def test_every_op_is_a_torch_op_too():
     for op in ops.ALL:
         schema = getattr(torch.ops.fastbert, op.name).default._schema
         assert [a.name for a in schema.arguments] == list(inspect.signature(op.backends["reference"].run).parameters)
+        assert op.arguments() == tuple(a.name for a in schema.arguments)
+        assert op.returns() == tuple(output.name for output in schema.returns)
     with ops.record() as calls:
         torch.ops.fastbert.linear(X, W)
     assert [call.op for call in calls] == ["linear"]
@@ -168,6 +170,8 @@ def test_every_backward_is_named_after_its_op():
     assert all(op.gradient.op.name == f"{op.name}_backward" for op in ops.FORWARD if op.gradient is not None)
     assert {op.name for op in ops.FORWARD if op.gradient is None} == {"unpad", "dropout_bits"}
     assert {op.name for op in ops.ALL} == {op.name for op in (*ops.FORWARD, *ops.BACKWARD)}
+    assert all(op.gradient.op.forward is op for op in ops.FORWARD if op.gradient is not None)
+    assert all(op.forward is None for op in ops.FORWARD)
 
 
 def test_gradients_have_the_names_of_what_they_are_of():

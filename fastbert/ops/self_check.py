@@ -1,0 +1,147 @@
+"""Whether a kernel of ours may run: a record in the package vouches for it on this card, or it is checked once.
+
+The check, at a kernel's first use in a dtype on a card, compares a few small calls with PyTorch's by the parity rule.
+A kernel that fails is warned of once and refuses from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastbert import devices, proven, torch_private
+from fastbert.once import warn_once
+from fastbert.ops.sample_calls import CHECKED, outputs, sample_calls
+from fastbert.parity import judge
+
+if TYPE_CHECKING:
+    from fastbert.ops.registry import Backend, Op
+
+Result = TypeVar("Result")
+
+_lock = threading.Lock()  # one check at a time
+_checking = threading.local()  # set in the thread of a check
+
+
+def _unlock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)  # the thread that held it does not exist in the child
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(arguments: tuple[Any, ...]) -> torch.dtype:
+    """The dtype that a call is checked in: a 16-bit one of its floating tensors, else any of them, else the first's."""
+    found: torch.dtype = arguments[0].dtype
+    if found.itemsize == 2 and found.is_floating_point:
+        return found
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.dtype.is_floating_point:
+            dtype = argument.dtype
+            found = dtype if not found.is_floating_point or dtype.itemsize < found.itemsize else found
+    return found
+
+
+def refusal(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a kernel may not run in a dtype on a device, in words; "": it may. The answer is kept in `verdicts`."""
+    card = devices.card(device)
+    words = ""
+    if proven.record_of(op.name, backend.name, name_of(dtype), card) is None:
+        if reason := no_check_now(device):
+            return reason
+        with _lock:
+            if (dtype, card) not in backend.verdicts:
+                backend.verdicts[dtype, card] = first_use(op, backend, dtype, device)
+            failure = backend.verdicts[dtype, card]
+        if failure:
+            words = f"it failed its self-check in {name_of(dtype)} on {card}: {failure}"
+            instead = next(b.name for b in op.order(device.type) if b is not backend)
+            warn_once(f"fastbert's kernel {op.name} ({backend.name}) is not used: {words}. {instead} runs instead")
+    backend.verdicts[dtype, device] = words
+    return words
+
+
+def no_check_now(device: torch.device) -> str:
+    """Why nothing can be checked at this moment."""
+    if getattr(_checking, "active", False):
+        return "another kernel's self-check is running"
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return "it is not yet checked on this card, and cannot be in a CUDA graph: run one forward before the capture"
+    if torch_private.transforms_active():
+        return "it is not yet checked on this card, and cannot be in a trace or transform: run one forward before"
+    return ""
+
+
+def apart(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls a function in a thread of its own.
+
+    It knows nothing of the caller's autocast, modes, inference mode, default device or choice of backend.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def first_use(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
+    """What is wrong with a kernel; "": nothing."""
+    try:
+        return apart(check, op, backend, dtype, device)
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+
+
+def check(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
+    """What is wrong with a kernel's numbers; "": nothing."""
+    _checking.active = True
+    taken = False
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        for sizes in CHECKED:
+            for call in sample_calls(op, sizes, dtype):
+                arguments = tuple(a.to(device) if isinstance(a, Tensor) else a for a in call.arguments)
+                if backend.reasons(*arguments):
+                    continue
+                taken = True
+                expected = outputs(op.backends["reference"].run(*call.exact()))
+                base = outputs(op.backends["torch"].run(*arguments))
+                ours = outputs(backend.run(*arguments))
+                for wrong in differences(op.returns(), ours, expected, base):
+                    return f"{wrong}, where lengths are {list(sizes.lengths)}, head dim {sizes.dim}: {call.what}"
+    return "" if taken else "it takes none of the calls that it would be checked with"
+
+
+def differences(
+    names: tuple[str, ...], ours: tuple[Tensor, ...], expected: tuple[Tensor, ...], base: tuple[Tensor, ...]
+) -> Iterator[str]:
+    """In words, which outputs are wrong: other kinds of tensors than `base`, or numbers that break the parity rule."""
+    for name, got, ref, theirs in zip(names, ours, expected, base, strict=True):
+        kind, wanted = ((x.dtype, tuple(x.shape), x.device) for x in (got, theirs))
+        if kind != wanted:
+            described = (f"{name_of(d)} {list(s)} on {at}" for d, s, at in (kind, wanted))
+            yield "{} is {}, not {}".format(name, *described)
+        elif not ref.is_floating_point():
+            if not torch.equal(got.cpu(), ref):
+                yield f"{name} differs"
+        elif not (verdict := judge(got, ref, theirs)).passed:
+            yield f"{name} is off ({verdict})"
+
+
+def standing(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """How a kernel of ours stands in a dtype on a device: "proven", "checked" or "failed", and that in words."""
+    if record := proven.record_of(op.name, backend.name, name_of(dtype), devices.card(device)):
+        commit = record["commit"][:9] + record["commit"][40:]  # what follows the hash says that the tree was changed
+        return "proven", f"proven on {record['card']}: record of {record['date'][:10]}, commit {commit}"
+    words = refusal(op, backend, dtype, device)
+    return ("failed", words) if words else ("checked", "self-check passed")

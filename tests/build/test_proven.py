@@ -1,0 +1,198 @@
+"""The records in the package: made by a command from a whole run, of the sources as they are now."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_record
+from benchmarks import proven as command
+from fastbert import devices, ops, proven
+from tests.build.conftest import ROOT
+
+OWN = [(op.name, name) for op in ops.ALL for name in op.backends if name in proven.OWN]
+
+
+def test_no_record_is_stale():
+    """A changed kernel is proven anew or not at all: python -m benchmarks.proven drops what is stale."""
+    known = [(record["kernel"], record["backend"]) for record in proven.records()]
+    assert set(known) <= set(OWN)
+    assert [record for record in proven.records() if proven.is_stale(record)] == []
+
+
+def test_every_record_stands_on_its_rows():
+    for record in proven.records():
+        rows = [json.loads(line) for line in (ROOT / record["measured"]).read_text().splitlines()]
+        assert record in command.proofs(rows, record["measured"])
+
+
+def test_the_readme_says_what_is_proven_where():
+    assert command.card_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("kernel", "backend"), OWN, ids="-".join)
+def test_a_kernel_has_sources(kernel, backend):
+    names = [path.name for path in proven.sources(kernel, backend)]
+    assert any(name.startswith(f"{kernel.removesuffix('_backward')}.") for name in names)
+    if backend != "triton":
+        assert "ops.cpp" in names
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A small checkout, whose sources may be changed."""
+    for path in ("csrc/ops.cpp", "csrc/unpad.h", "csrc/cpu/unpad.cpp", "csrc/cpu/pad.cpp", "csrc/cuda/unpad.cu",
+                 "kernels/attention.py", "fastbert/devices.py"):  # fmt: skip
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    monkeypatch.setattr(proven, "PACKAGE", tmp_path / "fastbert")
+    proven.digest.cache_clear()
+    yield tmp_path
+    proven.digest.cache_clear()
+
+
+KERNELS = [("unpad", "cpu"), ("unpad", "cuda"), ("attention", "triton"), ("attention_backward", "triton")]
+
+
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        ("csrc/ops.cpp", [True, True, False, False]),
+        ("csrc/unpad.h", [True, True, False, False]),
+        ("csrc/cpu/unpad.cpp", [True, False, False, False]),
+        ("csrc/cpu/pad.cpp", [False, False, False, False]),
+        ("csrc/cuda/unpad.cu", [False, True, False, False]),
+        ("kernels/attention.py", [False, False, True, True]),
+        ("fastbert/devices.py", [False, False, False, False]),
+    ],
+)
+def test_the_digest_is_of_the_kernels_sources(path, changes, checkout):
+    before = [proven.digest(*kernel) for kernel in KERNELS]
+    assert all(before)
+    (checkout / path).write_text("changed")
+    proven.digest.cache_clear()
+    assert [proven.digest(*kernel) != old for kernel, old in zip(KERNELS, before, strict=True)] == changes
+
+
+def test_where_no_sources_are_installed_the_record_holds(checkout):
+    (checkout / "csrc/ops.cpp").unlink()
+    assert proven.digest("unpad", "cpu") == ""
+    assert not proven.is_stale(proven.Record(kernel="unpad", backend="cpu", sources="anything"))
+
+
+def test_in_a_wheel_triton_kernels_lie_in_the_package(checkout):
+    before = proven.digest("attention", "triton")
+    (checkout / "fastbert/kernels").mkdir()
+    (checkout / "fastbert/kernels/attention.py").write_text("kernels/attention.py")
+    assert proven.sources("attention", "triton") == [checkout / "fastbert/kernels/attention.py"]
+    proven.digest.cache_clear()
+    assert proven.digest("attention", "triton") == before
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A record of tiny sizes that calls itself whole."""
+    folder = tmp_path_factory.mktemp("record")
+    arguments = ["--out", str(folder), "--device", "cpu", "--dry-run", "--only", "provenance,parity"]
+    assert gpu_record.main(arguments) == 0
+    found = [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
+    found[0]["dry_run"] = False
+    return found
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Runs the command on rows; what then stands in the package's file."""
+    monkeypatch.setattr(proven, "RECORDS", tmp_path / "proven.json")
+    proven.records.cache_clear()
+
+    def run(rows):
+        (tmp_path / "record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code = command.main([str(tmp_path / "record.jsonl")])
+        return code, list(proven.records())
+
+    yield run
+    proven.records.cache_clear()
+
+
+@pytest.fixture
+def _library():
+    if reasons := ops.unpad.backends["cpu"].reasons(torch.ones(1, 1)):
+        pytest.skip("; ".join(reasons))
+
+
+def of_unpad(rows, **changes):
+    return [{**row, **changes} if row.get("op") == "unpad" and row.get("backend") == "cpu" else row for row in rows]
+
+
+@pytest.mark.usefixtures("_library")
+def test_a_record_becomes_a_proof(rows, written, capsys):
+    code, (record,) = written(rows)
+    assert code == 0
+    assert (record["kernel"], record["backend"], record["dtypes"]) == ("unpad", "cpu", ["int64"])
+    assert record["card"] == devices.card(torch.device("cpu"))
+    assert record["sources"] == proven.digest("unpad", "cpu")
+    assert record["commit"].startswith((rows[0]["git"] or {"commit": "unknown"})["commit"])
+    assert record["date"] == rows[0]["date"]
+    assert f"| CPU | unpad: int64; {record['card']} | nothing |" in capsys.readouterr().out
+    assert proven.record_of("unpad", "cpu", "int64", record["card"]) == record
+    assert proven.record_of("unpad", "cpu", "bool", record["card"]) is None
+    assert written(rows) == (0, [record]), "the same again changes nothing"
+
+
+@pytest.mark.usefixtures("_library")
+def test_a_failure_proves_nothing_and_takes_the_old_proof_away(rows, written):
+    assert len(written(rows)[1]) == 1
+    once = [dict(row) for row in rows]
+    next(row for row in once if row.get("op") == "unpad" and row.get("backend") == "cpu")["passed"] = False
+    assert written(once) == (0, [])
+
+
+@pytest.mark.usefixtures("_library")
+def test_a_record_of_other_sources_proves_nothing(rows, written):
+    older = [{**row, "sources": dict.fromkeys(row["sources"], "older")} if "sources" in row else row for row in rows]
+    assert written(older) == (0, [])
+    now = written(rows)
+    assert len(now[1]) == 1
+    assert written(older) == now, "nor does it take the present proof away"
+
+
+@pytest.mark.usefixtures("_library")
+def test_other_cards_keep_their_proofs(rows, written):
+    (first,) = written(rows)[1]
+    elsewhere = [{**row, "card": "another CPU"} if "card" in row else row for row in rows]
+    assert written(elsewhere)[1] == [{**first, "card": "another CPU", "measured": first["measured"]}, first]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: [{**rows[0], "dry_run": True}, *rows[1:]], "is of a dry run, which proves nothing"),
+        (lambda rows: rows[:-1], "needs one whole run of the parts provenance and parity"),
+        (lambda rows: [*rows[:-1], {**rows[-1], "done": False}], "needs one whole run"),
+        (lambda rows: rows + rows, "needs one whole run"),
+        (lambda rows: [], "needs one whole run"),
+    ],
+    ids=["dry", "cut", "broken", "twice", "empty"],
+)
+def test_what_is_no_whole_run_is_refused(change, words, rows, written, capsys):
+    assert written(change(rows)) == (1, [])
+    assert words in capsys.readouterr().err
+
+
+def test_the_table_has_every_card(monkeypatch, setup_py):
+    monkeypatch.setattr(proven, "records", lambda: (proven.Record(
+        kernel="unpad", backend="cuda", card="NVIDIA H200 (sm_90)", dtypes=["int64"],
+        sources=proven.digest("unpad", "cuda"), commit="", date="", measured="",
+    ),))  # fmt: skip
+    lines = command.card_table().splitlines()
+    cards = [card for line in lines[2:] for card in line.split("|")[1].strip().split(", ")]
+    assert sorted(cards) == sorted(["CPU", *(f"sm_{arch.rstrip('a')}" for arch in setup_py.CUDA_ARCHS)])
+    assert "| CPU | nothing | unpad |" in lines
+    assert "| sm_75, sm_80, sm_86, sm_89, sm_100, sm_120 | nothing | unpad (cuda) |" in lines
+    assert "| sm_90 | unpad (cuda): int64; NVIDIA H200 (sm_90) | nothing |" in lines

@@ -1,0 +1,159 @@
+"""The native library and the emulated CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+A copy of the repository gets a library that is compiled with both; there pytest runs every test of the library's ops in
+a process into which the sanitizers' runtime is preloaded. Errors planted in such copies must be found.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.build.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SHARED = "-fsanitize-sections=emulated_shared"  # watches the emulator's __shared__ arrays too
+NATIVE, EMULATED = "tests/build/test_*_native.py", "tests/build/test_*_emulated.py"
+
+
+@pytest.fixture(scope="module")
+def environment(compiler: str) -> dict[str, str]:
+    """The variables under which a Python process runs code that was compiled with the sanitizers."""
+    runtimes = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"):  # the last, or exceptions are not seen by the first
+        ask = [compiler, f"-print-file-name={name}"]
+        runtimes.append(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    missing = [name for name in runtimes if not Path(name).is_absolute()]  # g++ names what it does not find as it was
+    if missing:
+        pytest.skip(f"{compiler} comes without {', '.join(missing)}")
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
+    return kept | {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # Python leaks; a refused allocation has words
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "CXXFLAGS": f"{FLAGS} {SHARED}",  # for the emulator
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[Path]:
+    """A copy of the repository without a library."""
+    ignored = shutil.ignore_patterns("__pycache__", "_native.*")
+    for folder in ("fastbert", "kernels", "csrc", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    for file in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def build(tree: Path, setup_py: ModuleType, compiler: str) -> None:
+    """Compiles the tree's library with the sanitizers, from the sources and with the flags of setup.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup_py, "CSRC", tree / "csrc")
+        patch.setattr(setup_py, "CXX_FLAGS", f"{setup_py.CXX_FLAGS} {FLAGS}")
+        torch = setup_py.find_torch()
+        assert setup_py.compile_library(tree / "fastbert/_native.so", tree / "build", torch, compiler, None) == ""
+    (tree / "fastbert/_native.json").write_text(json.dumps({"library": "", "cuda": "not compiled with sanitizers"}))
+
+
+def run_tests(tree: Path, environment: dict[str, str], *tests: str) -> tuple[bool, str]:
+    """Whether pytest ran these tests without a failure, and all that was written."""
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", "not planted", *tests]
+    run = subprocess.run(
+        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize("kind", [NATIVE, EMULATED], ids=["native", "emulated"])
+def test_no_error_is_found(
+    kind: str, tree: Path, setup_py: ModuleType, compiler: str, environment: dict[str, str]
+) -> None:
+    build(tree, setup_py, compiler)
+    files = sorted(str(path.relative_to(tree)) for path in tree.glob(kind))
+    assert files
+    passed, said = run_tests(tree, environment, *files)
+    assert passed, said
+    assert "skipped" not in said and re.search(r"\b\d\d+ passed", said), said
+
+
+def test_every_op_of_the_library_has_tests_here() -> None:
+    ops = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
+    assert "unpad" in ops
+    for op in set(ops) - {"cuda_problem"}:
+        assert (ROOT / f"tests/build/test_{op}_native.py").is_file(), op
+    for kernel in (ROOT / "csrc/cuda").glob("*.cu"):
+        assert (ROOT / f"tests/build/test_{kernel.stem}_emulated.py").is_file(), kernel
+
+
+NATIVE_TESTS, EMULATED_TESTS = "tests/build/test_unpad_native.py", "tests/build/test_unpad_emulated.py"
+ALL_REAL = f"{NATIVE_TESTS}::test_cases[cpu-all real]"
+EMULATED_ALL_REAL = f"{EMULATED_TESTS}::test_cases[all real-first warp first]"
+CPU, OPS, CUDA = "csrc/cpu/unpad.cpp", "csrc/ops.cpp", "csrc/cuda/unpad.cu"
+PLANTED = {  # file, what is right, what is wrong, the test that comes by it, what the sanitizer calls it
+    "one element read beyond the heap": (
+        CPU, "column < columns; ++column) length", "column <= columns; ++column) length",
+        ALL_REAL, "heap-buffer-overflow",
+    ),
+    "one element written beyond the heap": (
+        OPS, "cu_seqlens[row + 1] = static_cast", "cu_seqlens[row + 2] = static_cast",
+        ALL_REAL, "heap-buffer-overflow",
+    ),
+    "memory used after it was freed": (
+        OPS, "indices_tensor.data_ptr());\n  torch::stable::parallel_for",
+        "empty_indices(mask_tensor, total).data_ptr());\n  torch::stable::parallel_for",
+        ALL_REAL, "heap-use-after-free",
+    ),
+    "signed overflow": (
+        CPU, "int32_t length = 0;", "int32_t length = 2147483647;", ALL_REAL, "signed integer overflow",
+    ),
+    "signed overflow of the number of rows": (
+        OPS, 'check(tensor.size(0) <= kMaxInt32, "unpad: mask has more than 2147483647 rows");', "",
+        f"{NATIVE_TESTS}::test_refuses_strange_masks_in_words[as many rows as there are]", "signed integer overflow",
+    ),
+    "a stride that leads nowhere": (
+        OPS, "if (mask.columns > 1) mask.column_stride =", "mask.column_stride =",
+        f"{NATIVE_TESTS}::test_takes_odd_masks[one element, any stride]", "signed integer overflow",
+    ),
+    "a load that must be aligned": (
+        CPU, "std::memcpy(&word, element, sizeof(Word));", "word = *reinterpret_cast<const Word*>(element);",
+        f"{NATIVE_TESTS}::test_takes_odd_masks[not aligned]", "misaligned address",
+    ),
+    "one element read beyond the heap, on a GPU": (
+        CUDA, "column < columns && ", "column <= columns && ", EMULATED_ALL_REAL, "heap-buffer-overflow",
+    ),
+    "an index beyond shared memory": (
+        CUDA, "warp_sums[kScanWarps];", "warp_sums[kScanWarps - 1];", EMULATED_ALL_REAL, "out of bounds",
+    ),
+    "one element written beyond shared memory": (  # by a pointer that the compiler cannot follow
+        CUDA, "warp_sums[warp] = inclusive;", "{ int64_t* volatile sums = warp_sums; sums[warp + 1] = inclusive; }",
+        EMULATED_ALL_REAL, "global-buffer-overflow",
+    ),
+    "signed overflow on a GPU": (
+        CUDA, "int32_t length = 0;", "int32_t length = 2147483647;", EMULATED_ALL_REAL, "signed integer overflow",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("error", PLANTED)
+def test_planted_errors_are_found(
+    error: str, tree: Path, setup_py: ModuleType, compiler: str, environment: dict[str, str]
+) -> None:
+    file, right, wrong, test, words = PLANTED[error]
+    source = (tree / file).read_text()
+    assert source.count(right) == 1
+    (tree / file).write_text(source.replace(right, wrong))
+    build(tree, setup_py, compiler)
+    passed, said = run_tests(tree, environment, test)
+    assert not passed and words in said, said
