@@ -1,8 +1,8 @@
 """Builds the one optional native library, fastbert/_native.so, from csrc/ with ninja.
 
 C++ always when there is a compiler, CUDA where there is nvcc. What cannot be built is left out, the package installs
-all the same, and fastbert/_native.json keeps the reason in words for fastbert/native.py. The library stands on torch's
-stable ABI: it needs torch's headers, but neither a certain torch nor a certain Python.
+all the same, and fastbert/_native.json keeps the reason in words, and what was compiled, for fastbert. The
+library stands on torch's stable ABI: it needs torch's headers, but neither a certain torch nor a certain Python.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -106,6 +107,16 @@ def compile_library(target: Path, work: Path, torch: Path, compiler: str, nvcc: 
     return f"{'nvcc' if nvcc else compiler} failed when fastbert was built: {(errors or ['no message'])[0].strip()}"
 
 
+def digests() -> dict[str, str]:
+    """What the kernels are made of: "unpad cpu" → the digest by which fastbert/proven.json knows its sources."""
+    spec = spec_from_file_location("fastbert_proven", ROOT / "fastbert/proven.py")
+    assert spec is not None and spec.loader is not None
+    proven = module_from_spec(spec)
+    spec.loader.exec_module(proven)
+    kernels = sorted((path.stem, path.parent.name) for path in [*CSRC.glob("cpu/*.cpp"), *CSRC.glob("cuda/*.cu")])
+    return {proven.built_name(*kernel): proven.digest(*kernel) for kernel in kernels}
+
+
 def build_library(target: Path, work: Path) -> dict[str, str]:
     """Builds what can be built; returns why the library and why its CUDA half is absent, "" for what is there."""
     target.unlink(missing_ok=True)
@@ -135,8 +146,10 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        sources = digests()  # before the compilers read them
         absent = build_library(target, Path(self.build_temp).resolve())
-        target.with_suffix(".json").write_text(json.dumps(absent, indent=2) + "\n")
+        built: dict[str, Any] = {**absent, "sources": sources}
+        target.with_suffix(".json").write_text(json.dumps(built, indent=2) + "\n")
         for part, reason in absent.items():
             print(f"fastbert: native {part}: {reason or 'built'}")
 

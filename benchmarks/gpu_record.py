@@ -70,7 +70,7 @@ class Setting:
 def part_provenance(setting: Setting) -> Iterator[Line]:
     """What is measured: the card, the machine, versions, and the sources of every kernel of ours."""
     own = [(op.name, name) for op in ops.ALL for name in op.backends if name in proven.OWN]
-    sources = {f"{op} {name}": proven.digest(op, name) for op, name in own}
+    sources = {f"{op} {name}": proven.running(op, name) for op, name in own}
     card = devices.card(torch.empty(0, device=setting.device).device)
     yield {"device": setting.device, "card": card, "dry_run": setting.dry_run, **provenance(), "sources": sources}
 

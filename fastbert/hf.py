@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -26,24 +26,44 @@ MARKS = METHODS | {OFFLOADED}  # attributes that a module of the stock model has
 
 
 @functools.cache
-def missing() -> tuple[str, ...]:
-    """The private names of transformers that this version lacks or has changed; empty: all are as fastbert knows them.
+def missing() -> Mapping[str, str]:
+    """The private names of transformers that this version lacks or has changed → how that showed; empty: none.
 
     If there are any, the first call warns of it.
     """
-    lacks: list[str] = []
+    lacks: dict[str, str] = {}
     for name, probe in PROBES.items():
         try:
             probe()
-        except Exception:  # whatever a changed name raises, stock models must go on
-            lacks.append(name)
+        except Exception as error:  # whatever a changed name raises, stock models must go on
+            lacks[name] = cause(error)
     if lacks:
+        named = ", ".join(f"{name} ({why})" for name, why in lacks.items())
+        problem = f"transformers {transformers.__version__} lacks or has changed {named}"
+        remedy = "Install another version of transformers, or a newer fastbert"
+        if broken := unusable():
+            problem, remedy = broken, "Install again what cannot be imported"
         warn_once(
-            f"fastbert runs HuggingFace's own forward for every model, and gains no speed: transformers "
-            f"{transformers.__version__} lacks or has changed {', '.join(lacks)}. Results are right. "
-            f"Install another version of transformers, or a newer fastbert."
+            f"fastbert runs HuggingFace's own forward for every model, and gains no speed: {problem}. "
+            f"Results are right. {remedy}."
         )
-    return tuple(lacks)
+    return lacks
+
+
+def unusable() -> str:
+    """Why no model can be imported of transformers, as where a package that it needs is broken; "": they can."""
+    try:
+        transformers.BertModel  # noqa: B018
+    except Exception as error:
+        return f"models of transformers {transformers.__version__} cannot be imported: {cause(error)}"
+    return ""
+
+
+def cause(error: BaseException) -> str:
+    """What an exception came from, in one line: "ImportError: no such file"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 def stock_class(name: str) -> type[Any]:
@@ -152,14 +172,14 @@ def _probe_registry() -> None:
     if not isinstance(_CAN_RECORD_REGISTRY, dict) or any(
         type(key) is not str for key in dict.keys(_CAN_RECORD_REGISTRY)
     ):
-        raise TypeError
+        raise TypeError("it is no dict of strings")
 
 
 def _probe_checkpointing() -> None:
     layer = stock_module("modeling_layers").GradientCheckpointingLayer()
     transformers.PreTrainedModel._set_gradient_checkpointing(nn.ModuleList([layer]), True, print)
     if not layer.gradient_checkpointing or checkpointing_of(layer) is not print:
-        raise TypeError
+        raise TypeError("a layer does not keep the function")
 
 
 PROBES: dict[str, Callable[[], object]] = {

@@ -146,19 +146,24 @@ def run(
         ValueError: an unknown dtype.
     """
     wanted = [dtype_name(dtype) for dtype in dtypes]
+    stock: Any
     if isinstance(model, nn.Module):
         name, stock, text = type(model).__name__, model, None
     else:
         place = checkpoint.resolve(model)
         name = checkpoint.public_name(place)
         progress(f"loading {name}", 0, 1)
-        stock, text = load(place), text_ids(place, sum(lengths))
+        stock = load(place)
+        text = text_ids(place, sum(lengths), stock.config.vocab_size)
         progress(f"loading {name}", 1, 1)
     if inputs is None:
         config: Any = stock.config
         limit = position_limit(config)
         lengths = tuple(min(n, limit) for n in lengths)
         inputs = ragged_batch(stock, lengths, text=text)
+        if type(stock).__name__.endswith("MultipleChoice"):  # [B, 1, S]: one choice a row
+            # ERNIE's head does not take task types apart
+            inputs = {name: x[:, None] for name, x in inputs.items() if name != "task_type_ids"}
         words = "text of the standard library's docstrings" if text else "random ids"
     else:
         lengths, words = tuple(real_mask(inputs).sum(1).tolist()), "given inputs"
@@ -364,8 +369,12 @@ def load(name: str) -> nn.Module:
     return model
 
 
-def text_ids(name: str, count: int) -> list[int] | None:
-    """At least `count` token ids of real text by the checkpoint's tokenizer; None where it has none."""
+def text_ids(name: str, count: int, vocab_size: int) -> list[int] | None:
+    """At least `count` token ids of real text by the checkpoint's tokenizer; None where it has none.
+
+    Raises:
+        checkpoint.CheckpointError: an id is not below `vocab_size`.
+    """
     tokenizer = checkpoint.load_tokenizer(name)
     if tokenizer is None:
         return None
@@ -374,4 +383,5 @@ def text_ids(name: str, count: int) -> list[int] | None:
     for text in texts:
         if len(ids) < count:
             ids += tokenizer(text)["input_ids"]
+    checkpoint.check_ids(name, tokenizer, max(ids, default=0), vocab_size)
     return ids or None

@@ -1,6 +1,7 @@
 """Which kernels are proven on which card: the records in proven.json, each of certain sources.
 
-`python -m benchmarks.proven RECORD` writes them, from what `python -m benchmarks.gpu_record` measured.
+`python -m benchmarks.proven RECORD` writes them, from what `python -m benchmarks.gpu_record` measured. setup.py runs
+this file by itself, where neither torch nor fastbert can be imported: it needs the standard library only.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 PACKAGE = Path(__file__).resolve().parent
 RECORDS = PACKAGE / "proven.json"
@@ -35,12 +37,19 @@ class Record(TypedDict):
 
 @functools.cache
 def records() -> tuple[Record, ...]:
-    """All records of the package; none if the file is missing or damaged."""
+    """All records of the package; none if the file is missing or damaged, and none that is not whole."""
     try:
-        found: list[Record] = json.loads(RECORDS.read_text(encoding="utf-8"))["proven"]
-        return tuple(found)
+        return tuple(record for record in json.loads(RECORDS.read_text(encoding="utf-8"))["proven"] if is_whole(record))
     except (OSError, ValueError, KeyError, TypeError):
         return ()
+
+
+def is_whole(record: Any) -> bool:
+    """Whether this is a record: it has every field, each of its type."""
+    if not isinstance(record, dict) or not isinstance(record.get("dtypes"), list):
+        return False
+    texts = [*record["dtypes"], *(record.get(name) for name in Record.__annotations__ if name != "dtypes")]
+    return all(isinstance(text, str) for text in texts)
 
 
 def record_of(kernel: str, backend: str, dtype: str, card: str) -> Record | None:
@@ -53,8 +62,34 @@ def record_of(kernel: str, backend: str, dtype: str, card: str) -> Record | None
 
 
 def is_stale(record: Record) -> bool:
-    """Whether the kernel's sources have changed since; where they are not installed with it, they cannot have."""
-    return digest(record["kernel"], record["backend"]) not in ("", record["sources"])
+    """Whether the kernel that would run is made of other sources, or nobody knows of which."""
+    sources = running(record["kernel"], record["backend"])
+    return not sources or sources != record["sources"]
+
+
+def running(kernel: str, backend: str) -> str:
+    """The digest of the sources of the kernel that would run; empty: unknown.
+
+    A kernel of the native library is what was compiled, whatever stands in csrc/ now.
+    """
+    if backend == "triton":
+        return digest(kernel, backend)
+    return built_sources().get(built_name(kernel, backend), "")
+
+
+@functools.cache
+def built_sources() -> Mapping[str, str]:
+    """What setup.py wrote of the native library: `built_name` → the digest of what it compiled."""
+    try:
+        found = json.loads((PACKAGE / "_native.json").read_text(encoding="utf-8"))["sources"]
+    except (OSError, ValueError, KeyError, TypeError):  # not built, damaged, or built before it was written
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def built_name(kernel: str, backend: str) -> str:
+    """How setup.py names a kernel of the native library in _native.json: "unpad cpu"."""
+    return f"{kernel.removesuffix('_backward')} {backend}"
 
 
 def sources(kernel: str, backend: str) -> list[Path]:

@@ -159,16 +159,6 @@ def _mark(passed: bool) -> str:
 
 def doctor_tables(found: dict[str, Any]) -> list[Table]:
     """Machine and versions; what is missing and why; each op's backends."""
-    machine, versions = found["provenance"]["machine"], found["provenance"]["versions"]
-    facts = _plain("Machine")
-    cores, threads = _count(machine["usable_cores"], "core"), _count(machine["threads"], "thread")
-    facts.add_row("CPU", f"{machine['cpu']}, {cores}, {threads}")
-    facts.add_row("vector code", f"{machine['cpu_capability']} ({', '.join(machine['isa']) or 'no flags known'})")
-    cards = [f"{c['name']} (sm_{c['capability'].replace('.', '')})" for c in machine["cuda"]]
-    facts.add_row("CUDA devices", ", ".join(cards) or "none that torch sees")
-    for name, version in versions.items():
-        facts.add_row(name, version or "none")
-
     parts = _plain("Parts")
     for what, part in (("fast path on", found["devices"]), ("native library,", found["native"])):
         for device, reasons in part.items():
@@ -181,7 +171,23 @@ def doctor_tables(found: dict[str, Any]) -> list[Table]:
     for owner in ("torch", "transformers"):
         for name, reason in found[f"private names of {owner}"].items():
             parts.add_row(f"{owner}: {name}", _reasons(reason))
-    return [facts, parts, _kernel_table(found["kernels"]), _op_table(found["ops"])]
+    return [_machine_table(found["provenance"]), parts, _kernel_table(found["kernels"]), _op_table(found["ops"])]
+
+
+def _machine_table(found: dict[str, Any]) -> Table:
+    facts = _plain("Machine")
+    if "error" in found:
+        facts.add_row("error", escape(found["error"]))
+        return facts
+    machine, versions = found["machine"], found["versions"]
+    cores, threads = _count(machine["usable_cores"], "core"), _count(machine["threads"], "thread")
+    facts.add_row("CPU", f"{machine['cpu']}, {cores}, {threads}")
+    facts.add_row("vector code", f"{machine['cpu_capability']} ({', '.join(machine['isa']) or 'no flags known'})")
+    cards = [f"{c['name']} (sm_{c['capability'].replace('.', '')})" for c in machine["cuda"]]
+    facts.add_row("CUDA devices", ", ".join(cards) or "none that torch sees")
+    for name, version in versions.items():
+        facts.add_row(name, version or "none")
+    return facts
 
 
 def _kernel_table(found: list[dict[str, str]] | dict[str, str]) -> Table:

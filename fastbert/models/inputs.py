@@ -68,14 +68,14 @@ def input_reasons(model: Any, inputs: dict[str, Any]) -> list[str]:
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and (not is_plain(mask) or tuple(mask.shape) != shape or mask.is_meta):
         reasons.append(f"attention_mask is not a tensor [{shape[0]}, {shape[1]}]")
-    reasons += flattened_reasons(inputs, shape)
+    limit = model.embeddings.position_embeddings.num_embeddings - first_position(model)
+    reasons += flattened_reasons(inputs, shape, limit)
     for name, table in zip(INDICES, tables_of(family_of(model), model.embeddings), strict=False):
         shapes = (shape, (1, shape[1])) if name == "position_ids" else (shape,)
         size = getattr(model.embeddings, table).num_embeddings
         reasons += index_reasons(name, inputs.get(name), shapes, size, words.device)
-    size = model.embeddings.position_embeddings.num_embeddings
     flattened = inputs.get("cu_seq_lens_q") is not None
-    if not flattened and positions is None and shape[1] > size - first_position(model):
+    if not flattened and positions is None and shape[1] > limit:
         reasons.append(f"sequences of {shape[1]} tokens are longer than the position table allows")
     return reasons
 
@@ -123,8 +123,8 @@ def index_reasons(
     return []
 
 
-def flattened_reasons(inputs: dict[str, Any], shape: tuple[int, ...]) -> list[str]:
-    """Why flattened input [1, T] with cu_seq_lens_q cannot be taken as packed sequences."""
+def flattened_reasons(inputs: dict[str, Any], shape: tuple[int, ...], limit: int) -> list[str]:
+    """Why flattened input [1, T] with cu_seq_lens_q cannot be taken as packed sequences of up to `limit` tokens."""
     bounds, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
     if bounds is None:
         return []
@@ -136,6 +136,8 @@ def flattened_reasons(inputs: dict[str, Any], shape: tuple[int, ...]) -> list[st
         lengths = bounds.diff()
         if bounds[0] != 0 or bounds[-1] != shape[1] or lengths.min() < 0 or (longest and lengths.max() > int(longest)):
             return ["cu_seq_lens_q does not cut the row from its start to its end"]
+        if inputs.get("position_ids") is None and lengths.max() > limit:
+            return [f"a sequence of {int(lengths.max())} tokens is longer than the position table allows"]
     return []
 
 
@@ -146,6 +148,8 @@ def first_position(model: Any) -> int:
 
 def add_faults(error: Exception, model: Any, inputs: dict[str, Any]) -> None:
     """Adds to the message of an error of HuggingFace's forward what is wrong with the inputs, if anything is."""
+    if type(error).__module__ != "builtins":  # no memory, or a user's own error, which need not take other words
+        return
     text, *rest = error.args or ("",)
     found = faults(model, inputs)
     if found and isinstance(text, str):
@@ -215,7 +219,9 @@ def mask_faults(mask: Any, shape: tuple[int, ...], config: Any) -> list[str]:
     name, to = "the input", shape
     if mask.dim() == 4:
         name, to = "the scores", (shape[0], config.num_attention_heads, shape[1], shape[1])
-    fits = tuple(mask.shape) == shape if mask.dim() == 2 else mask.dim() == 4 and broadcasts(tuple(mask.shape), to)
+        fits = broadcasts(tuple(mask.shape), to)
+    else:  # HuggingFace leaves a mask that masks nothing unread
+        fits = tuple(mask.shape) in (shape, (shape[0], 1)) or (mask.device.type == "cpu" and bool(mask.all()))
     return [] if fits else [f"attention_mask has shape {list(mask.shape)}, {name} {list(to)}"]
 
 
@@ -230,10 +236,11 @@ def embeds_faults(embeds: Tensor, words: nn.Embedding | None) -> list[str]:
     if words is None:
         return []
     found = device_faults("inputs_embeds", embeds, words)
-    if embeds.is_floating_point() and embeds.dtype != words.weight.dtype:
-        dtype = words.weight.dtype
+    dtype = words.weight.dtype
+    wider = embeds.is_floating_point() and torch.promote_types(embeds.dtype, dtype) != dtype
+    if wider and not torch.is_autocast_enabled(embeds.device.type):
         found.append(f"inputs_embeds is {embeds.dtype}, the model is {dtype}: give it inputs_embeds.to({dtype})")
-    if embeds.shape[2] != words.embedding_dim:
+    if embeds.shape[2] not in (1, words.embedding_dim):
         found.append(f"inputs_embeds has {embeds.shape[2]} channels, the model's embeddings have {words.embedding_dim}")
     return found
 

@@ -36,7 +36,14 @@ def op_backends(device: str, dtype: torch.dtype = torch.float32) -> dict[str, di
     place = torch.device(device)
     if devices.refusals(place):
         return {}
-    calls = self_check.apart(lambda: [typical(op, main_dtype(op, dtype), place) for op in ALL])
+
+    def make() -> list[tuple[Any, ...]]:
+        return [typical(op, main_dtype(op, dtype), place) for op in ALL]
+
+    try:
+        calls = self_check.apart(make)
+    except self_check.NoThread:  # as where Python is shutting down
+        calls = make()
     return {
         op.name: {b.name: op.reasons(b, *call) for b in op.candidates(place.type)}
         for op, call in zip(ALL, calls, strict=True)

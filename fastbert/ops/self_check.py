@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as torch says it on any device
+
 _lock = threading.Lock()  # one check at a time
-_checking = threading.local()  # set in the thread of a check
+_checking = threading.local()  # set in the thread of a check, and in the one that waits for it
 
 
 def _unlock() -> None:
@@ -37,6 +39,14 @@ def _unlock() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock)  # the thread that held it does not exist in the child
+
+
+class NoThread(RuntimeError):
+    """No thread can be started: there are too many, or Python is shutting down."""
+
+
+class NotChecked(Exception):
+    """A check came to no verdict, for want of memory or of a thread; a later one may."""
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -57,20 +67,28 @@ def dtype_of(arguments: tuple[Any, ...]) -> torch.dtype:
 
 
 def refusal(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
-    """Why a kernel may not run in a dtype on a device, in words; "": it may. The answer is kept in `verdicts`."""
+    """Why a kernel may not run in a dtype on a device, in words; "": it may. A verdict is kept in `verdicts`."""
     card = devices.card(device)
     words = ""
     if proven.record_of(op.name, backend.name, name_of(dtype), card) is None:
         if reason := no_check_now(device):
             return reason
-        with _lock:
-            if (dtype, card) not in backend.verdicts:
-                backend.verdicts[dtype, card] = first_use(op, backend, dtype, device)
-            failure = backend.verdicts[dtype, card]
+        try:
+            _checking.active = True  # before the lock, for which a signal handler's call in this thread must not wait
+            with _lock:
+                if (dtype, card) not in backend.verdicts:
+                    backend.verdicts[dtype, card] = first_use(op, backend, dtype, device)
+                failure = backend.verdicts[dtype, card]
+        except NotChecked as error:
+            return f"it could not be checked: {error}"
+        finally:
+            _checking.active = False
         if failure:
             words = f"it failed its self-check in {name_of(dtype)} on {card}: {failure}"
-            instead = next(b.name for b in op.order(device.type) if b is not backend)
-            warn_once(f"fastbert's kernel {op.name} ({backend.name}) is not used: {words}. {instead} runs instead")
+            tried = [b.name for b in op.candidates(device.type)]
+            instead = tried[tried.index(backend.name) + 1 :] if backend.name in tried else []
+            then = f". {instead[0]} is tried instead" if instead else ""
+            warn_once(f"fastbert's kernel {op.name} ({backend.name}) is not used: {words}{then}")
     backend.verdicts[dtype, device] = words
     return words
 
@@ -78,7 +96,7 @@ def refusal(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) 
 def no_check_now(device: torch.device) -> str:
     """Why nothing can be checked at this moment."""
     if getattr(_checking, "active", False):
-        return "another kernel's self-check is running"
+        return "a self-check is running"
     if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "it is not yet checked on this card, and cannot be in a CUDA graph: run one forward before the capture"
     if torch_private.transforms_active():
@@ -90,17 +108,32 @@ def apart(function: Callable[..., Result], *arguments: Any) -> Result:
     """Calls a function in a thread of its own.
 
     It knows nothing of the caller's autocast, modes, inference mode, default device or choice of backend.
+
+    Raises:
+        NoThread: there can be none.
     """
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            future = pool.submit(function, *arguments)
+        except RuntimeError as error:
+            raise NoThread(str(error)) from error
+        return future.result()
 
 
 def first_use(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
-    """What is wrong with a kernel; "": nothing."""
+    """What is wrong with a kernel; "": nothing.
+
+    Raises:
+        NotChecked: there is no memory or no thread for the check.
+    """
     try:
         return apart(check, op, backend, dtype, device)
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        words = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        no_means = isinstance(error, (NoThread, MemoryError, torch.OutOfMemoryError))
+        if no_means or any(said in words for said in NO_MEMORY):
+            raise NotChecked(words) from error
+        return words
 
 
 def check(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
@@ -139,9 +172,14 @@ def differences(
 
 
 def standing(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
-    """How a kernel of ours stands in a dtype on a device: "proven", "checked" or "failed", and that in words."""
+    """How a kernel of ours stands in a dtype on a device, and that in words.
+
+    "proven", "checked", "failed", or "not run": it cannot be checked now.
+    """
     if record := proven.record_of(op.name, backend.name, name_of(dtype), devices.card(device)):
         commit = record["commit"][:9] + record["commit"][40:]  # what follows the hash says that the tree was changed
         return "proven", f"proven on {record['card']}: record of {record['date'][:10]}, commit {commit}"
     words = refusal(op, backend, dtype, device)
-    return ("failed", words) if words else ("checked", "self-check passed")
+    if not words:
+        return "checked", "self-check passed"
+    return "failed" if backend.verdicts.get((dtype, device)) else "not run", words

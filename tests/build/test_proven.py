@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from setuptools import Distribution
 
 from benchmarks import gpu_record
 from benchmarks import proven as command
@@ -19,7 +22,7 @@ def test_no_record_is_stale():
     """A changed kernel is proven anew or not at all: python -m benchmarks.proven drops what is stale."""
     known = [(record["kernel"], record["backend"]) for record in proven.records()]
     assert set(known) <= set(OWN)
-    assert [record for record in proven.records() if proven.is_stale(record)] == []
+    assert command.current(proven.records()) == [*proven.records()]
 
 
 def test_every_record_stands_on_its_rows():
@@ -76,10 +79,68 @@ def test_the_digest_is_of_the_kernels_sources(path, changes, checkout):
     assert [proven.digest(*kernel) != old for kernel, old in zip(KERNELS, before, strict=True)] == changes
 
 
-def test_where_no_sources_are_installed_the_record_holds(checkout):
-    (checkout / "csrc/ops.cpp").unlink()
-    assert proven.digest("unpad", "cpu") == ""
-    assert not proven.is_stale(proven.Record(kernel="unpad", backend="cpu", sources="anything"))
+@pytest.fixture
+def built(checkout):
+    """Writes what setup.py told of the library in the checkout, if it did."""
+
+    def write(text):
+        (checkout / "fastbert/_native.json").write_text(text)
+        proven.built_sources.cache_clear()
+
+    proven.built_sources.cache_clear()
+    yield write
+    proven.built_sources.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", ["unpad", "unpad_backward"])
+def test_a_record_holds_for_what_was_built(kernel, checkout, built):
+    """Whatever stands in csrc now, and where there is no csrc."""
+    record = proven.Record(kernel=kernel, backend="cpu", sources=proven.digest(kernel, "cpu"))
+    built(json.dumps({"sources": {"unpad cpu": record["sources"], "unpad cuda": "of another backend"}}))
+    for path in ("csrc/cpu/unpad.cpp", "csrc/ops.cpp"):
+        (checkout / path).unlink()
+        proven.digest.cache_clear()
+        assert proven.digest(kernel, "cpu") != record["sources"]
+        assert not proven.is_stale(record)
+    built(json.dumps({"sources": {"unpad cpu": "other sources"}}))
+    assert proven.is_stale(record)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None, "", "1", "[]", '{"library": "", "cuda": ""}', '{"sources": null}', '{"sources": ["unpad cpu"]}',
+        '{"sources": {}}', '{"sources": {"unpad cpu": ""}}', '{"sources": {"unpad cpu": null}}',
+    ],
+    ids=str,
+)  # fmt: skip
+def test_no_record_holds_where_nobody_knows_what_was_built(text, checkout, built):
+    """As of a library built before this was written."""
+    if text is not None:
+        built(text)
+    for sources in (proven.digest("unpad", "cpu"), ""):
+        assert proven.is_stale(proven.Record(kernel="unpad", backend="cpu", sources=sources))
+
+
+def test_the_build_says_what_it_was_made_of(setup_py, tmp_path, monkeypatch):
+    """By a file that needs no torch, which pip's isolated builds do not have."""
+    extension = setup_py.Extension("fastbert._native", [])
+    build = setup_py.BuildNative(Distribution({"name": "fastbert", "ext_modules": [extension]}))
+    build.build_lib = build.build_temp = str(tmp_path)
+    build.ensure_finalized()
+    monkeypatch.setattr(setup_py, "build_library", lambda target, work: {"library": "", "cuda": "no nvcc"})
+    build.build_extension(extension)
+    compiled = {proven.built_name(*kernel): proven.digest(*kernel) for kernel in OWN if kernel[1] != "triton"}
+    built = json.loads((tmp_path / "fastbert/_native.json").read_text())
+    assert built == {"library": "", "cuda": "no nvcc", "sources": compiled}
+    alone = [sys.executable, "-IS", "-c", "import runpy; runpy.run_path('fastbert/proven.py')"]
+    subprocess.run(alone, cwd=ROOT, check=True)
+
+
+@pytest.mark.usefixtures("_library")
+def test_the_built_library_says_what_it_was_made_of():
+    assert proven.running("unpad", "cpu") == proven.built_sources()["unpad cpu"] != ""
+    assert proven.running("attention", "triton") == proven.digest("attention", "triton")
 
 
 def test_in_a_wheel_triton_kernels_lie_in_the_package(checkout):

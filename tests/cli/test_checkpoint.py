@@ -1,7 +1,7 @@
 """Checkpoints that `parity` and `bench` refuse: words on stderr that name them, exit code 2, nothing on stdout."""
 
 import json
-import re
+import shlex
 import shutil
 import types
 from pathlib import Path
@@ -169,13 +169,21 @@ def test_weights_of_another_shape_are_named(folder, command):
 
 @pytest.mark.parametrize("command", ["bench", "parity"])
 def test_a_pickle_is_refused_and_the_way_out_works(folder, command, tmp_path, monkeypatch):
+    folder = folder.rename(tmp_path / 'it\'s "my" bert')
     words = refused(pickled(folder), command=command)
     assert f"{folder} holds its weights as a pickle only (pytorch_model.bin). A pickle can run code" in words
     assert "--allow-pickle reads tensors and nothing else" in words
     monkeypatch.chdir(tmp_path)
-    exec(re.search(r'python -c "(.*)"', words)[1])
-    assert (tmp_path / "my-bert-safetensors" / "model.safetensors").is_file()
-    accepted(tmp_path / "my-bert-safetensors")
+    python, option, code = shlex.split(words.partition("Or convert it once: ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(code)
+    assert (tmp_path / f"{folder.name}-safetensors" / "model.safetensors").is_file()
+    accepted(tmp_path / f"{folder.name}-safetensors")
+
+
+def test_the_way_out_of_a_pickle_is_easy_to_read(folder):
+    words = f'python -c \'import transformers; transformers.BertModel.from_pretrained("{folder}").save_pretrained("my-'
+    assert words in refused(pickled(folder))
 
 
 def test_a_pickle_is_read_when_it_is_asked_for(folder):
@@ -229,6 +237,25 @@ def test_a_quantized_checkpoint(folder):
     assert "Name the checkpoint that it was made from" in words
 
 
+def test_weights_under_a_name_of_their_own(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    configure(folder, transformers_weights="other.safetensors")
+    accepted(folder)
+    cut(folder / "other.safetensors")
+    (folder / "model.safetensors").write_bytes(b"never read")
+    assert f"other.safetensors of {folder} is damaged" in refused(folder)
+    configure(folder, transformers_weights="adapter_model.bin")  # which transformers would read as a pickle
+    words = f"config.json of {folder} names adapter_model.bin as its weights (transformers_weights), which is no safet"
+    assert words in refused(folder)
+
+
+@pytest.mark.parametrize("command", ["bench", "parity"])
+def test_an_adapter_beside_weights(folder, command):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/evil"}')
+    words = refused(folder, command=command)
+    assert f"{folder} is an adapter, or holds one (adapter_config.json): merge it into its model" in words
+
+
 def test_places_that_hold_no_checkpoint(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'empty'} is an empty folder" in refused(tmp_path / "empty")
@@ -278,7 +305,7 @@ def test_a_hub_id_without_a_hub(command):
     ],
 )
 def test_what_the_hub_answers(error, words, monkeypatch):
-    def download(model, name):
+    def download(model, name, dry_run):
         answer = types.SimpleNamespace(headers={}, request=None)
         raise error("500", **({} if error is errors.LocalEntryNotFoundError else {"response": answer}))
 
@@ -321,6 +348,36 @@ def test_a_pickle_of_the_hub_is_refused_too(cached):
     assert "someone/small-bert holds its weights as a pickle only" in refused("someone/small-bert")
 
 
+def test_an_adapter_of_the_hub_is_refused_before_its_base_is_loaded(cached, monkeypatch):
+    (cached / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/evil"}')
+    monkeypatch.setattr(checkpoint, "load_model", None)
+    assert "someone/small-bert is an adapter, or holds one" in refused("someone/small-bert")
+
+
+def test_a_cache_without_the_weights_is_told(cached):
+    off = "and the hub is switched off (HF_HUB_OFFLINE)"
+    shard = sharded(cached)[0]
+    shard.unlink()
+    words = f"HuggingFace's cache holds no weights of someone/small-bert ({shard.name}), {off}"
+    assert words in refused("someone/small-bert")
+    (cached / "model.safetensors.index.json").unlink()
+    words = f"HuggingFace's cache holds no weights of someone/small-bert (model.safetensors), {off}"
+    assert words in refused("someone/small-bert")
+
+
+def test_a_refused_pickle_of_the_hub_is_not_fetched(cached, monkeypatch):
+    def download(model, name, dry_run):
+        if name == "config.json":
+            return str(cached / name)
+        if name != "pytorch_model.bin":
+            raise errors.RemoteEntryNotFoundError("404", response=types.SimpleNamespace(headers={}, request=None))
+        assert dry_run, "fetched"
+        return types.SimpleNamespace(local_path=str(cached / name))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert "someone/small-bert holds its weights as a pickle only" in refused("someone/small-bert")
+
+
 def test_the_python_api_reads_what_huggingface_reads(folder):
     """A pickle is refused at the command line; in Python it is the user's own call."""
     assert parity_models.run(str(pickled(folder)), ["fp32"], lengths=(5, 3)).passed
@@ -352,7 +409,29 @@ def test_a_record_holds_no_path(folder, monkeypatch):
     assert checkpoint.public_name(".") == checkpoint.title(".") == "my-bert"
 
 
-def test_a_tokenizer_without_words_is_none(tiny, tmp_path):
+def test_a_tokenizer_without_words_is_none(tiny, tmp_path, caplog):
     assert len(checkpoint.load_tokenizer(str(tiny))) > 5
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
     assert checkpoint.load_tokenizer(str(tmp_path)) is None
+    assert not [r for r in caplog.records if r.name == "fastbert"]  # it has none
+
+
+@pytest.mark.parametrize(("text", "why"), [("{broken", "JSONDecodeError: "), ('{"added_tokens": []}', "Exception: ")])
+def test_a_damaged_tokenizer_is_told(folder, text, why, caplog):
+    (folder / "tokenizer.json").write_text(text)
+    done = accepted(folder)
+    assert "random ids" in done.stdout
+    (record,) = [r for r in caplog.records if r.name == "fastbert"]
+    assert record.getMessage().startswith(f"the tokenizer of {folder} does not load ({why}")
+    assert record.getMessage().endswith("): random ids take the place of text")
+
+
+@pytest.mark.parametrize("command", ["bench", "parity"])
+def test_a_tokenizer_of_more_words_than_the_model(folder, command, short):
+    def change(weights):
+        weights[WORD_TABLE] = weights[WORD_TABLE][:8].clone()
+
+    reweigh(folder, change)
+    configure(folder, vocab_size=8)
+    words = f"the tokenizer of {folder} does not fit its config.json: it has 14 words and gives id 13, the model has 8"
+    assert words in refused(folder, command=command)

@@ -47,7 +47,8 @@ def test_doctor_gives_reasons_in_words(monkeypatch):
 def test_doctor_survives_a_broken_part(monkeypatch):
     from fastbert import doctor
 
-    for part in ("op_backends", "native_library", "kernels", "all_devices", "triton", "demo", "torch_names"):
+    parts = ("provenance", "all_devices", "native_library", "triton", "demo")
+    for part in (*parts, "torch_names", "transformers_names", "kernels", "op_backends"):
         with monkeypatch.context() as patch:
             patch.setattr(doctor, part, lambda: 1 / 0)
             done = run(cli.app, ["doctor"])

@@ -7,6 +7,7 @@ import transformers
 
 from fastbert import cli, dtypes, parity_models, report
 from tests.cli.common import planted, run
+from tests.models import small
 
 
 def test_parity_command(tiny, tmp_path):
@@ -47,6 +48,20 @@ def test_parity_command_fails_with_exit_code_1(tiny, monkeypatch):
     assert done.exit_code == 1, done.output
     assert "FAIL" in done.stdout
     assert "Worst tensor: hidden_states.2" in done.stdout or "Worst tensor: last_hidden_state" in done.stdout
+
+
+@pytest.mark.parametrize("family", ["bert", "ernie"])
+def test_multiple_choice(family, tmp_path, short):
+    model = small.stock({"bert": "Bert", "ernie": "Ernie"}[family] + "ForMultipleChoice", family)
+    model.save_pretrained(tmp_path)
+    done = run(cli.app, ["parity", str(tmp_path), "--dtype", "fp32", "--json", "-"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["dtypes"]["fp32"]["fast"]
+    assert {"hidden_states.2", "logits"} <= {row["tensor"] for row in found["rows"]}
+    options = ["--workload", "query-1x16", "--dtype", "fp32", "--quick", "--plot", str(tmp_path / "p.png")]
+    done = run(cli.app, ["bench", str(tmp_path), *options])
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bfloat16", torch.bfloat16])

@@ -164,6 +164,18 @@ def test_a_package_that_cannot_be_imported_is_named(package, tiny, monkeypatch):
     assert words == f"fastbert: {package} cannot be imported: ImportError: libcudart.so.99 is not there. Reinstall it"
 
 
+def test_what_models_are_made_of_cannot_be_imported(tiny, tmp_path):
+    """transformers loads that late, within from_pretrained: no fault of the checkpoint."""
+    (tmp_path / "triton.py").write_text("raise OSError('libcuda.so.1 is not there')")
+    command = [sys.executable, "-m", "fastbert", "parity", str(tiny), "--quiet"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    words = " ".join(done.stderr.split())
+    assert words == "fastbert: transformers cannot be imported: OSError: libcuda.so.1 is not there. Reinstall it"
+
+
 @pytest.mark.slow
 def test_the_doctor_lives_through_a_broken_transformers(tmp_path):
     (tmp_path / "transformers.py").write_text("raise RuntimeError('half an installation')")

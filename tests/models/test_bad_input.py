@@ -308,6 +308,65 @@ def test_an_error_of_another_cause_is_left_alone(bert, inputs):
     assert odd.args == (7, "x")
 
 
+class Theirs(Exception):
+    """A user's own, which takes no other words."""
+
+    args = property(lambda self: ("no connection",))
+
+
+TAKEN = {
+    "a mask of ones for one row": lambda i, m: dict(i, attention_mask=torch.ones(33)),
+    "a mask of ones with three dimensions": lambda i, m: dict(i, attention_mask=torch.ones(4, 33, 33)),
+    "a longer mask of ones": lambda i, m: dict(i, attention_mask=torch.ones(4, 34)),
+    "a mask a row": lambda i, m: dict(i, attention_mask=torch.tensor([[1], [1], [0], [1]])),
+    "narrower embeddings": lambda i, m: {"inputs_embeds": m.embeddings.word_embeddings(i["input_ids"]).bfloat16()},
+    "embeddings of one channel": lambda i, m: {"inputs_embeds": torch.ones(4, 33, 1)},
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+@torch.no_grad()
+def test_no_input_that_huggingface_takes_is_blamed(case, bert, inputs):
+    expected, model = bert
+    call = TAKEN[case](inputs, expected)
+    same_as_stock(expected, model, **call)
+
+    def hook(module, args, output):
+        raise RuntimeError("no connection")
+
+    model.encoder.layer[1].register_forward_hook(hook)
+    with pytest.raises(RuntimeError) as error:
+        model(**call)
+    assert str(error.value) == "no connection"
+
+
+@pytest.mark.parametrize("error", [Theirs(), torch.OutOfMemoryError("no connection")], ids=lambda e: type(e).__name__)
+@torch.no_grad()
+def test_an_error_that_is_not_pythons_own_stays(error, bert, inputs):
+    _, model = bert
+
+    def hook(module, args):
+        raise error
+
+    model.embeddings.register_forward_pre_hook(hook)
+    with pytest.raises(type(error)) as raised:
+        model(inputs["input_ids"] + 1000)
+    assert raised.value is error and error.args == ("no connection",)
+
+
+@torch.no_grad()
+def test_a_packed_sequence_longer_than_the_table(bert):
+    expected, model = bert
+    call = {"input_ids": torch.full((1, 90), 7), "cu_seq_lens_q": torch.tensor([0, 10, 90])}
+    with pytest.raises(RuntimeError) as theirs:
+        expected(**call)
+    with pytest.raises(RuntimeError) as ours:
+        model(**call)
+    words = "the model has positions for 50 tokens, the batch is 90 long: truncate it"
+    assert str(ours.value) == f"{theirs.value} (fastbert: {words})"
+    assert reasons(model) == ["a sequence of 80 tokens is longer than the position table allows"]
+
+
 class Marked(torch.Tensor):
     """A tensor of a user's own class."""
 

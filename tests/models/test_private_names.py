@@ -8,8 +8,10 @@ import ast
 import contextlib
 import importlib
 import inspect
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -329,13 +331,36 @@ def test_a_name_of_transformers_that_has_changed(case, fresh, said):
     change, name = CHANGED_TRANSFORMERS[case]
     with monkeypatch_of(change):
         lacks = hf.missing()
-    assert len(lacks) == 1 and name in lacks[0]
+        told = doctor.transformers_names()
+    ((lacked, why),) = lacks.items()
+    assert name in lacked and re.match(r"(Type|Attribute|Lookup|Key|Import|Runtime)Error: .", why)
+    assert {name: reason for name, reason in told.items() if reason} == lacks and set(told) == set(hf.PROBES)
     use(is_fast=False)
     assert said() == [
         f"fastbert runs HuggingFace's own forward for every model, and gains no speed: transformers "
-        f"{transformers.__version__} lacks or has changed {lacks[0]}. Results are right. "
+        f"{transformers.__version__} lacks or has changed {lacked} ({why}). Results are right. "
         "Install another version of transformers, or a newer fastbert."
     ]
+
+
+def test_a_package_that_transformers_needs_is_broken(tmp_path):
+    """The warning and the doctor name what cannot be imported, and another transformers would be no remedy."""
+    (tmp_path / "safetensors.py").write_text('raise ImportError("no such symbol\\nin its library")')
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    run = subprocess.run(
+        [sys.executable, "-m", "fastbert", "doctor", "--json", "-"],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    broken = f"models of transformers {transformers.__version__} cannot be imported: ImportError: no such symbol"
+    assert run.returncode == 1, run.stderr
+    assert json.loads(run.stdout)["private names of transformers"] == {"error": f"ImportError: {broken}"}
+    assert "Traceback" not in run.stderr
+    warning = [sys.executable, "-c", "from fastbert import hf; assert len(hf.missing()) > 5"]
+    run = subprocess.run(warning, env=environment, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, (
+        f"fastbert runs HuggingFace's own forward for every model, and gains no speed: {broken}. "
+        "Results are right. Install again what cannot be imported.\n"
+    ))  # fmt: skip
 
 
 @contextlib.contextmanager

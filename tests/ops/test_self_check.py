@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -162,7 +166,7 @@ def test_a_wrong_kernel_is_warned_of_once_and_does_not_run(error, plant, caplog)
         f"fastbert's kernel linear (cpu) is not used: it failed its self-check in float32 on {CARD}: "
     )
     assert words in warning
-    assert warning.endswith(". torch runs instead")
+    assert warning.endswith(". torch is tried instead")
     assert torch.equal(ops.linear(X, W), torch.nn.functional.linear(X, W))
     assert words in planted.known
 
@@ -253,6 +257,18 @@ def test_a_forced_kernel_that_failed_raises_in_words(plant):
     assert "fastbert.ops.linear: no backend takes this call on cpu\n  cpu: it failed" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "then"),
+    [(("cpu",), ""), (("reference", "cpu"), ""), (("cpu", "reference"), ". reference is tried instead")],
+    ids=["alone", "last", "first"],
+)
+def test_the_warning_says_what_is_tried_instead(names, then, plant, caplog):
+    planted = plant(ops.linear, changed(builtins.linear, lambda x, a: x * 1.01))
+    with ops.use_backend(*names):
+        words = self_check.refusal(ops.linear, planted.backend, torch.float32, CPU)
+    assert [r.getMessage() for r in caplog.records] == [f"fastbert's kernel linear (cpu) is not used: {words}{then}"]
+
+
 def test_a_model_falls_back_and_explains(plant, caplog):
     expected, model = pair("BertModel", "bert")
     plant(ops.attention, changed(builtins.attention, lambda x, a: x * 1.02))
@@ -298,7 +314,7 @@ def test_explain_and_doctor_tell_a_check_and_a_record(plant, monkeypatch):
     assert states["checked"]["words"] == "self-check passed"
     assert states["checked"]["card"] == CARD
     monkeypatch.setattr(proven, "records", lambda: (record_of_linear(),))
-    monkeypatch.setattr(proven, "digest", lambda kernel, backend: "")
+    monkeypatch.setattr(proven, "running", lambda kernel, backend: "those of now")
     assert f"  linear: cpu, proven on {CARD}: record of 2026-01-02, commit 0123abcd\n" in str(fastbert.explain(model))
     lines = {line["dtype"]: line["state"] for line in doctor.kernels() if line["kernel"] == "linear"}
     assert lines == {"float32": "proven", "bfloat16": "checked", "float16": "checked"}
@@ -313,19 +329,108 @@ def test_doctor_says_why_a_kernel_is_not_run_here(monkeypatch):
     assert {(line["state"], line["words"]) for line in on_cpu} == {("not run", "the moon is full")}
 
 
+# what cannot be checked now
+
+
+NO_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+    torch.OutOfMemoryError("Allocation would exceed what is allowed"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+def assert_no_verdict(planted, caplog, words):
+    assert linear_backends() == ["torch"]
+    refused = self_check.standing(ops.linear, planted.backend, torch.float32, CPU)
+    assert refused == ("not run", f"it could not be checked: {words}")
+    assert (planted.backend.verdicts, caplog.records) == ({}, [])
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=repr)
+def test_no_memory_for_a_check_is_no_verdict(error, plant, caplog):
+    def run(*arguments):
+        if full:
+            raise error
+        return builtins.linear(*arguments)
+
+    full = True
+    planted = plant(ops.linear, run)
+    assert_no_verdict(planted, caplog, f"{type(error).__name__}: {str(error) or 'no message'}")
+    full = False
+    assert linear_backends() == ["cpu"]
+
+
+def test_no_thread_for_a_check_is_no_verdict(plant, caplog, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    planted = plant(ops.linear, builtins.linear)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert_no_verdict(planted, caplog, "NoThread: can't start new thread")
+        assert samples.op_backends("cpu")["linear"]["cpu"][0].startswith("it could not be checked: ")
+    assert linear_backends() == ["cpu"]
+
+
+# A kernel of unpad, right and slow, in place of the native library's.
+UNPAD = """
+import atexit, logging, signal, time, torch
+from fastbert import ops, proven
+from fastbert.ops import Backend, builtins, samples
+logging.basicConfig()
+proven.records = lambda: ()
+def run(*arguments):
+    time.sleep(0.05)
+    return builtins.unpad(*arguments)
+others = [backend for name, backend in ops.unpad.backends.items() if name != "cpu"]
+ops.unpad.backends.clear()
+for backend in (Backend("cpu", run, devices=("cpu",)), *others):
+    ops.unpad.add(backend)
+def used():
+    with ops.record() as calls:
+        assert ops.unpad(torch.tensor([[0, 1]]))[0].tolist() == [1]
+    return calls[0].backend
+"""
+AT_EXIT = "atexit.register(lambda: print(used(), samples.op_backends('cpu')['unpad']['cpu'][0]))"
+IN_A_HANDLER = """
+signal.signal(signal.SIGALRM, lambda *_: print(used()))
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+print(used(), [*ops.unpad.backends["cpu"].verdicts.values()])
+"""
+
+
+def said_by(code):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_a_first_use_at_the_interpreters_end():
+    (line,) = said_by(UNPAD + AT_EXIT)
+    assert line.startswith("torch it could not be checked: NoThread: cannot schedule new futures after ")
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_a_signal_handler_runs_a_forward_during_a_check():
+    """It neither waits for the check, which waits for it, nor changes its verdict."""
+    assert said_by(UNPAD + IN_A_HANDLER) == ["torch", "cpu ['', '']"]
+
+
 # records
 
 
 def record_of_linear(**changes):
     return proven.Record(**({
-        "kernel": "linear", "backend": "cpu", "card": CARD, "dtypes": ["float32"], "sources": "",
+        "kernel": "linear", "backend": "cpu", "card": CARD, "dtypes": ["float32"], "sources": "those of now",
         "commit": "0123abcd", "date": "2026-01-02T03:04:05+00:00", "measured": "here",
     } | changes))  # fmt: skip
 
 
 def test_a_record_skips_the_check(plant, monkeypatch):
     monkeypatch.setattr(proven, "records", lambda: (record_of_linear(),))
-    monkeypatch.setattr(proven, "digest", lambda kernel, backend: "")
+    monkeypatch.setattr(proven, "running", lambda kernel, backend: "those of now")
     planted = plant(ops.linear, builtins.linear)
     assert linear_backends() == ["cpu"]
     assert planted.calls == 1
@@ -337,20 +442,31 @@ def test_a_record_skips_the_check(plant, monkeypatch):
     "other", [{"kernel": "pad"}, {"backend": "cuda"}, {"card": "another"}, {"sources": "those of before"}], ids=str
 )
 def test_a_record_of_something_else_skips_nothing(other, plant, monkeypatch):
-    monkeypatch.setattr(proven, "records", lambda: (record_of_linear(**{"sources": "those of now", **other}),))
-    monkeypatch.setattr(proven, "digest", lambda kernel, backend: "those of now")
+    monkeypatch.setattr(proven, "records", lambda: (record_of_linear(**other),))
+    monkeypatch.setattr(proven, "running", lambda kernel, backend: "those of now")
     planted = plant(ops.linear, changed(builtins.linear, lambda x, a: x * 1.01))
     assert linear_backends() == ["torch"]
     assert planted.calls
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"proven": 1}', None], ids=str)
-def test_a_damaged_file_of_records_proves_nothing(text, tmp_path, monkeypatch):
+def records_in(folder, monkeypatch, text):
     monkeypatch.undo()
-    monkeypatch.setattr(proven, "RECORDS", tmp_path / "proven.json")
+    monkeypatch.setattr(proven, "RECORDS", folder / "proven.json")
     if text is not None:
         proven.RECORDS.write_text(text)
-    assert proven.records.__wrapped__() == ()
+    return proven.records.__wrapped__()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[1]", '{"proven": 1}', '{"proven": {"a": 1}}', None], ids=str)
+def test_a_damaged_file_of_records_proves_nothing(text, tmp_path, monkeypatch):
+    assert records_in(tmp_path, monkeypatch, text) == ()
+
+
+def test_a_damaged_record_proves_nothing(tmp_path, monkeypatch):
+    whole = record_of_linear()
+    damaged = [1, None, [], *({**whole, name: value} for name in whole for value in (None, 1, [1]))]
+    damaged += [{other: whole[other] for other in whole if other != name} for name in whole]
+    assert records_in(tmp_path, monkeypatch, json.dumps({"proven": [*damaged, whole]})) == (whole,)
 
 
 # once, from any thread, under any state of the caller
@@ -371,8 +487,6 @@ def test_a_check_runs_once(plant):
 
 
 def test_later_calls_look_up_only(plant):
-    import sys
-
     plant(ops.linear, builtins.linear)
     linear_backends()
     called = []
