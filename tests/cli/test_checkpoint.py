@@ -12,8 +12,8 @@ import transformers
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
-from fastbert import checkpoint, cli, parity_models
-from tests.cli.common import run
+from fastbert import bench_model, checkpoint, cli, parity_models
+from tests.cli.common import FAST, run
 
 WORD_TABLE = "embeddings.word_embeddings.weight"
 SUPPORTED = "bert, roberta, xlm-roberta, camembert, distilbert, electra, ernie, data2vec-text, mpnet"
@@ -435,3 +435,5 @@ def test_a_tokenizer_of_more_words_than_the_model(folder, command, short):
     configure(folder, vocab_size=8)
     words = f"the tokenizer of {folder} does not fit its config.json: it has 14 words and gives id 13, the model has 8"
     assert words in refused(folder, command=command)
+    with pytest.raises(checkpoint.CheckpointError, match="and gives id 13, the model has 8"):  # before any gate
+        bench_model.bench_model(str(folder), lambda dtype: FAST, quick=True)
