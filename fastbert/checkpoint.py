@@ -213,7 +213,7 @@ def _loading(model: str) -> Iterator[None]:
         yield
     except (CheckpointError, ImportError):
         raise
-    except Exception as error:
+    except Exception as error:  # transformers and safetensors raise of every kind
         if out_of_memory(error):
             raise
         raise CheckpointError(f"{model} cannot be loaded: {type(error).__name__}: {error}") from error

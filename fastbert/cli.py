@@ -235,7 +235,7 @@ def in_words(debug: bool) -> Iterator[None]:
         with contextlib.suppress(OSError, ValueError):  # or Python complains when it flushes stdout at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(NO_READER) from None
-    except Exception as error:
+    except Exception as error:  # no traceback without --debug
         if debug:
             traceback.print_exc()
         words = " ".join(str(error).split())
@@ -280,7 +280,7 @@ def _needs(package: str, name: str) -> None:
     """Imports a package and a name that its lazy import would load later."""
     try:
         getattr(importlib.import_module(package), name)
-    except Exception as error:
+    except Exception as error:  # whatever a broken package raises at its import
         raise _BrokenPackage(f"{package} cannot be imported: {type(error).__name__}: {error}. Reinstall it") from error
 
 

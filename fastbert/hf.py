@@ -53,8 +53,8 @@ def missing() -> Mapping[str, str]:
 def unusable() -> str:
     """Why no model can be imported of transformers, as where a package that it needs is broken; "": they can."""
     try:
-        transformers.BertModel  # noqa: B018
-    except Exception as error:
+        transformers.BertModel  # noqa: B018 - transformers imports at the first use of a name
+    except Exception as error:  # whatever a package that transformers needs raises at its import
         return f"models of transformers {transformers.__version__} cannot be imported: {cause(error)}"
     return ""
 
@@ -95,7 +95,7 @@ def hidden_state_indices(wanted: Any, count: int) -> set[int] | None:
         from transformers.utils.output_capturing import resolve_hidden_states_indices
 
         return set(resolve_hidden_states_indices(None, chosen, count)) if wanted else set()
-    except Exception:
+    except Exception:  # the name is absent, or takes other arguments
         return None
 
 

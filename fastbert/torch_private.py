@@ -31,7 +31,7 @@ def probe(what: str, instead: str, device: str = "cpu") -> Callable[[Probe], Pro
                     torch.autocast("cpu", enabled=False),
                 ):  # fmt: skip
                     return function(*args)
-            except Exception as error:
+            except Exception as error:  # whatever a changed name raises, the way behind it must go on
                 problem = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if is_changed(error) and (device == "cpu" or torch.cuda.is_available()):
                     warn_once(
@@ -161,7 +161,7 @@ def transforms_active() -> bool:
     """
     try:
         active = functorch_active() or tracing() or symbolic() or forward_mode_active()
-    except Exception:
+    except Exception:  # a name is gone or has changed
         return True
     return active or torch.compiler.is_exporting()
 
@@ -207,7 +207,7 @@ def module_fields_refusal() -> str | None:
     for name, look in looks.items():
         try:
             look()
-        except Exception:
+        except Exception:  # a name is gone or has changed
             lacks.append(name)
     if lacks:
         raise LookupError(f"it lacks or has changed {', '.join(lacks)}")

@@ -128,7 +128,7 @@ def first_use(op: Op, backend: Backend, dtype: torch.dtype, device: torch.device
     """
     try:
         return apart(check, op, backend, dtype, device)
-    except Exception as error:
+    except Exception as error:  # whatever a kernel raises is what is wrong with it
         words = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         no_means = isinstance(error, (NoThread, MemoryError, torch.OutOfMemoryError))
         if no_means or any(said in words for said in NO_MEMORY):
