@@ -9,17 +9,16 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel
 
 from benchmarks.stock import OPS, plain
 from fastbert import ops, workloads
-from fastbert.ops.sample_calls import backward_arguments, outputs
+from fastbert.ops.sample_calls import Sizes, backward_arguments, outputs
 from fastbert.parity import enliven
 
 
 @dataclass(frozen=True)
 class Case:
-    """Packed sequences of one model's sizes: H = heads · dim, I = 4 · H."""
+    """Packed sequences of one model's sizes: H = heads · dim, I = 4 · H; the workload's batch so many times."""
 
     name: str
     why: str
@@ -27,6 +26,8 @@ class Case:
     dim: int
     workload: str
     vocabulary: int = 30522
+    layers: int = 12
+    times: int = 1
 
     @property
     def hidden(self) -> int:
@@ -34,7 +35,7 @@ class Case:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return workloads.get(self.workload).rows
+        return workloads.get(self.workload).rows * self.times
 
 
 CPU_CASES = (
@@ -44,17 +45,69 @@ CPU_CASES = (
     Case("base-ragged", "BERT-base, ragged: what dropping padding is for", 12, 64, "ragged-16x256"),
 )
 CUDA_CASES = (
-    Case("base-query", "one short query: launch overhead", 12, 64, "query-1x16"),
     Case("base-squad", "BERT-base at SQuAD's width, ragged", 12, 64, "squad-like-64x384"),
+    Case(
+        "large-uniform", "BERT-large at mean fill 0.6, ByteTransformer's setting", 16, 64, "uniform-16x512", layers=24
+    ),
     Case("base-dense", "FasterTransformer's setting, for comparison with its figures", 12, 64, "dense-32x384"),
-    Case("large-uniform", "BERT-large at mean fill 0.6, ByteTransformer's setting", 16, 64, "uniform-16x512"),
+    Case("base-query", "one short query: launch overhead", 12, 64, "query-1x16"),
+    Case("minilm-squad", "head dim 32, which exponentials limit", 12, 32, "squad-like-64x384", layers=6),
 )
-TINY_CASES = (Case("tiny", "seconds on any machine, ragged: does the code run", 2, 32, "ragged-16x256", 2000),)
+CUDA_MODEL_CASES = (
+    *CUDA_CASES[:4],
+    Case("base-256", "256 sequences: as many as a full queue gives", 12, 64, "squad-like-64x384", times=4),
+    Case("base-short", "8 rows of 128, no padding: between launch overhead and throughput", 12, 64, "dense-8x128"),
+    Case("large-dense", "BERT-large without padding: nothing but the products", 16, 64, "dense-32x384", layers=24),
+    Case("large-squad", "BERT-large at SQuAD's width, ragged", 16, 64, "squad-like-64x384", layers=24),
+    Case("large-query", "BERT-large, one short query: launch overhead of 24 layers", 16, 64, "query-1x16", layers=24),
+)  # fmt: skip
+TINY_CASES = (Case("tiny", "seconds on any machine, ragged: does the code run", 2, 32, "ragged-16x256", 2000, 1),)
 
 
 def cases(device: str) -> tuple[Case, ...]:
     """The list for a device type."""
     return CUDA_CASES if device.startswith("cuda") else CPU_CASES
+
+
+def op_cases(device: str, dry_run: bool = False) -> tuple[tuple[Case, str], ...]:
+    """(case, dtype) in which a record times the ops, most valuable first."""
+    if dry_run or not device.startswith("cuda"):
+        return tuple((case, dtype) for case in (TINY_CASES if dry_run else CPU_CASES) for dtype in ("fp32", "bf16"))
+    return *((case, "bf16") for case in CUDA_CASES), (CUDA_CASES[0], "fp16"), (CUDA_CASES[0], "fp32")
+
+
+def model_cases(device: str, dry_run: bool = False) -> tuple[tuple[Case, str], ...]:
+    """(case, dtype) in which a record times whole models, most valuable first."""
+    if device.startswith("cuda") and not dry_run:
+        return tuple((case, "bf16") for case in CUDA_MODEL_CASES)
+    return op_cases(device, dry_run)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Sizes with which a record checks our kernels beside the cases that are timed, in these dtypes."""
+
+    name: str
+    why: str
+    sizes: Sizes
+    dtypes: tuple[str, ...]
+
+
+# One below, at and above the tile sizes and the bounds of the length classes; one token; an empty row; unsorted.
+EDGES = (17, 1, 128, 0, 65, 512, 16, 64, 257, 127, 15, 63, 129, 255)
+CHECKED = {
+    "cuda": (
+        Checked("base edges", "BERT-base at every edge of tiles", Sizes(EDGES, 12, 64, 3072), ("bf16", "fp16", "fp32")),
+        Checked("large edges", "BERT-large's sizes have tiles of their own", Sizes(EDGES, 16, 64, 4096), ("bf16",)),
+        Checked("minilm edges", "head dim 32 has tiles of its own", Sizes(EDGES, 12, 32, 1536), ("bf16", "fp32")),
+        Checked(
+            "odd", "sizes that no tile and no vector divides", Sizes((33, 0, 31, 70), 3, 72, 500), ("bf16", "fp32")
+        ),
+        Checked("base alone", "fewer tokens than any tile has rows", Sizes((7,), 12, 64, 3072), ("bf16",)),
+    ),
+    "cpu": (Checked("base edges", "every edge of tiles", Sizes(EDGES, 12, 64, 3072), ("fp32", "bf16")),),
+    "dry run": (Checked("tiny edges", "does the code run", Sizes((17, 0, 5, 33), 2, 32, 64), ("fp32", "bf16")),),
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +133,8 @@ def backward_call(forward: OpCall, flops: int, draw: Callable[[torch.Tensor], to
     """The call of the backward op of a call, on plain weights; `draw` gives a gradient for the first output."""
     op, arguments = OPS[forward.op], plain(forward.arguments)
     assert op.gradient is not None
-    found = outputs(op(*arguments))
+    with ops.use_backend("torch"):  # whatever a kernel of ours does
+        found = outputs(op(*arguments))
     handed = backward_arguments(op, arguments, found, draw(found[0]))
     of = [arguments[op.arguments().index(name)] for name in op.gradient.of]
     read = [t for name, t in zip(op.gradient.op.arguments(), handed, strict=True) if name not in TABLES]
@@ -173,14 +227,29 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
     return calls | {gradient.op.name: backward(maker) for gradient, maker in gradients if gradient is not None}
 
 
-def random_model(case: Case, layers: int, dtype: torch.dtype, device: str) -> Any:
-    """A BertModel of the case's sizes with seeded random weights, enlivened: it is judged before it is timed."""
+def random_model(case: Case, layers: int, dtype: torch.dtype, device: str, **config: Any) -> Any:
+    """A BertModel of the case's sizes with seeded random weights, enlivened: it is judged before it is timed.
+
+    config: further entries of its config.
+    """
+    from transformers import BertConfig, BertModel  # processes that launch ops only need not wait for it
+
     torch.manual_seed(0)
-    config = BertConfig(
+    sizes = BertConfig(
         vocab_size=case.vocabulary,
         hidden_size=case.hidden,
         num_attention_heads=case.heads,
         intermediate_size=4 * case.hidden,
         num_hidden_layers=layers,
+        **config,
     )
-    return enliven(BertModel(config, add_pooling_layer=False)).eval().to(device, dtype)
+    with torch.device(device):  # a GPU draws the weights of a large model in no time
+        model = BertModel(sizes, add_pooling_layer=False)
+    return enliven(model).eval().to(device, dtype)
+
+
+def batch_of(case: Case, device: str) -> workloads.Batch:
+    """The padded batch of a case, of random ids."""
+    once = workloads.batches(case.workload, vocab_size=case.vocabulary).batches[0]
+    ids, mask, types = (x.repeat(case.times, 1) for x in (once.input_ids, once.attention_mask, once.token_type_ids))
+    return workloads.Batch(ids, mask, types, once.lengths * case.times).to(device)

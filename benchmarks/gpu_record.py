@@ -1,242 +1,181 @@
 """Records what a device does: python -m benchmarks.gpu_record --out DIR
 
-Parts run one after another; each row is appended to DIR/record.jsonl as soon as it is known, a part that raises
-leaves its traceback there and the next part runs. Exit code 1: some part raised. results/README.md says what rows hold.
+Parts run one after another, most valuable first; each row is appended to DIR/record.jsonl as soon as it is known. A
+part that raises leaves its traceback there, one whose time is over says so, and the next part runs. A table of it comes
+last. Exit code 1: some part raised. The parts are the modules of benchmarks/record/; what rows hold:
+benchmarks/results/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
+import faulthandler
 import json
+import math
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-import fastbert
-from benchmarks import stock
-from benchmarks.cases import TINY_CASES, Case, OpCall, cases, op_calls, random_model
-from fastbert import bench, devices, limits, ops, parity_models, proven, workloads
-from fastbert.bench_model import forward
-from fastbert.dtypes import DTYPES, dtype_name
-from fastbert.ops import self_check
-from fastbert.provenance import provenance
+from benchmarks.record import baselines, card, ceilings, load, models, op_times, origin, parity, sanitizer, sweep, table
+from benchmarks.record.setting import Line, Setting, in_words
+from fastbert import ops
 
-Line = dict[str, Any]
-
-
-@dataclasses.dataclass
-class Setting:
-    """What to run on, and what parity said so far: (op, case, dtype, backend) → passed, words."""
-
-    device: str
-    dry_run: bool
-    verdicts: dict[tuple[str, str, str, str], tuple[bool, str]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def cases(self) -> tuple[Case, ...]:
-        return TINY_CASES if self.dry_run else cases(self.device)
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        names = ("fp32", "bf16", "fp16") if self.device.startswith("cuda") else ("fp32", "bf16")
-        return {name: DTYPES[name] for name in names}
-
-    @property
-    def rounds(self) -> int:
-        return 2 if self.dry_run else 30
-
-    def backends(self, op: str, arguments: tuple[Any, ...]) -> dict[str, list[str]]:
-        """Backend → why it refuses this call here; `reference` is no candidate."""
-        kind = self.device.split(":")[0]
-        order = [b for b in stock.OPS[op].order(kind) if b.name != "reference"]
-        return {b.name: stock.OPS[op].reasons(b, *arguments) for b in order}
-
-    def verdict(self, call: OpCall, case: Case, dtype: torch.dtype, backend: str) -> tuple[bool, str]:
-        """Parity of a backend on this very call, judged once."""
-        key = call.op, case.name, dtype_name(dtype), backend
-        if key not in self.verdicts:
-            self.verdicts[key] = stock.verdict(call, backend)
-        return self.verdicts[key]
+ROOT = Path(__file__).parents[1]
+MINUTES = 8.3  # with the start of Python under 9
+STARTING = 15.0  # seconds that another process takes for its imports
+GRACE = 20.0  # seconds behind the end of all, in which a row may still be finished
 
 
-def part_provenance(setting: Setting) -> Iterator[Line]:
-    """What is measured: the card, the machine, versions, and the sources of every kernel of ours."""
-    own = [(op.name, name) for op in ops.ALL for name in op.backends if name in proven.OWN]
-    sources = {f"{op} {name}": proven.running(op, name) for op, name in own}
-    card = devices.card(torch.empty(0, device=setting.device).device)
-    yield {"device": setting.device, "card": card, "dry_run": setting.dry_run, **provenance(), "sources": sources}
+@dataclass(frozen=True)
+class Part:
+    """What makes the rows, and the share of the whole time after which the part is cut."""
+
+    run: Callable[[Setting], Iterator[Line]]
+    share: float
 
 
-def part_ceilings(setting: Setting) -> Iterator[Line]:
-    """Copy bandwidth, a large square product, and the best rate on each case's own products."""
-    megabytes, size, tokens = (8, 256, 64) if setting.dry_run else (1024, 8192, 8192)
-    if setting.device == "cpu" and not setting.dry_run:
-        megabytes, size, tokens = 256, 2048, 2048
-    yield {"what": "copy", "bytes_per_second": limits.copy_bandwidth(setting.device, megabytes)}
-    for name, dtype in setting.dtypes.items():
-        square = limits.Dimensions(layers=1, hidden=size, intermediate=size)
-        peak = limits.gemm_peak(square, dtype, setting.device, tokens=size, repeats=setting.rounds // 2)
-        yield {"what": f"matmul {size}", "dtype": name, **peak}
-        for case in setting.cases:
-            sizes = limits.Dimensions(1, case.hidden, 4 * case.hidden)
-            peak = limits.gemm_peak(sizes, dtype, setting.device, tokens=tokens, repeats=setting.rounds // 2)
-            yield {"what": "products", "case": case.name, "dtype": name, **peak}
-
-
-def part_parity(setting: Setting) -> Iterator[Line]:
-    """Every backend of every op at every case against the reference in float64, base stock PyTorch."""
-    for case in setting.cases:
-        for name, dtype in setting.dtypes.items():
-            for op, make in op_calls(case, dtype, setting.device).items():
-                call = make()
-                kind = self_check.name_of(self_check.dtype_of(call.arguments))
-                for backend, reasons in setting.backends(op, call.arguments).items():
-                    line: Line = {"op": op, "case": case.name, "dtype": name, "input": kind, "backend": backend}
-                    if reasons:
-                        yield {**line, "refused": reasons}
-                        continue
-                    passed, words = setting.verdict(call, case, dtype, backend)
-                    yield {**line, "passed": passed, "words": words}
-
-
-@torch.no_grad()  # stock gradients need tensors that autograd takes
-def part_ops(setting: Setting) -> Iterator[Line]:
-    """Stock PyTorch and every backend of every op at every case, interleaved; a backend is timed if it has parity."""
-    for case in setting.cases:
-        for name, dtype in setting.dtypes.items():
-            for op, make in op_calls(case, dtype, setting.device).items():
-                call = make()
-                plain = stock.prepared(call)
-                costs = {"flops": call.flops, "bytes": call.bytes_moved}
-                line: Line = {"op": op, "case": case.name, "dtype": name, **costs}
-                candidates: dict[str, Callable[[int], object]] = {"stock": lambda i: plain()}  # noqa: B023
-                for backend, reasons in setting.backends(op, call.arguments).items():
-                    if reasons:
-                        continue
-                    passed, words = setting.verdict(call, case, dtype, backend)
-                    if passed:
-                        candidates[backend] = on_backend(backend, call.run)
-                    else:
-                        yield {**line, "backend": backend, "note": f"no speed: parity failed: {words}"}
-                samples = measure(setting, candidates)
-                for backend, seconds in samples.items():
-                    yield {**line, "backend": backend, **figures(seconds, samples["stock"])}
-
-
-def on_backend(backend: str, run: Callable[[], object]) -> Callable[[int], object]:
-    """`run` forced to a backend."""
-
-    def forced(_: int) -> object:
-        with ops.use_backend(backend):
-            return run()
-
-    return forced
-
-
-def measure(setting: Setting, candidates: dict[str, Callable[[int], object]]) -> dict[str, list[float]]:
-    """Interleaved seconds per call; short calls are repeated inside a sample to about 2 ms."""
-    once = bench.interleave(candidates, 1, device=setting.device)
-    shortest = min(seconds[0] for seconds in once.values())
-    inner = 1 if setting.dry_run else max(1, min(200, round(2e-3 / max(shortest, 1e-7))))
-    return bench.interleave(candidates, setting.rounds, warmup=2, inner=inner, device=setting.device)
-
-
-def figures(seconds: list[float], base: list[float]) -> Line:
-    """Summary, ratio to the base, raw samples."""
-    return {
-        "seconds": dataclasses.asdict(bench.summarize(seconds)),
-        "speedup": dataclasses.asdict(bench.ratio(base, seconds)),
-        "samples": seconds,
-    }
-
-
-def part_models(setting: Setting) -> Iterator[Line]:
-    """Stock HuggingFace and fastbert: random BERT of each case's sizes on its workload."""
-    layers = 1 if setting.dry_run else 12
-    for case in setting.cases:
-        for name, dtype in setting.dtypes.items():
-            theirs = random_model(case, layers, dtype, setting.device)
-            batch = workloads.batches(case.workload, vocab_size=theirs.config.vocab_size).batches[0].to(setting.device)
-            line: Line = {"case": case.name, "dtype": name, "layers": layers}
-            found = parity_models.compare_models(theirs, batch.inputs(), dtype, device=setting.device)
-            yield {**line, "passed": found.passed, "worst": dataclasses.asdict(found.worst), "why": found.why}
-            if not found.passed:
-                yield {**line, "engine": "fastbert", "note": "no speed: parity failed"}
-                continue
-            ours = fastbert.accelerate(copy.deepcopy(theirs))
-            engines = {"huggingface": theirs, "fastbert": ours}
-            runs = {engine: lambda i, m=model, b=batch: forward(m, b) for engine, model in engines.items()}
-            samples = measure(setting, runs)  # type: ignore[arg-type]
-            flops = limits.encoder_flops(limits.Dimensions.of(theirs.config), batch.lengths)
-            for engine, seconds in samples.items():
-                model = engines[engine]
-                memory = limits.peak_memory(lambda m=model, b=batch: forward(m, b), setting.device)  # type: ignore[misc]
-                yield {
-                    **line,
-                    "engine": engine,
-                    "real_tokens": batch.real_tokens,
-                    "fill": batch.real_tokens / batch.padded_tokens,
-                    **figures(seconds, samples["huggingface"]),
-                    "flops": flops,
-                    "memory_bytes": memory,
-                }
-
-
-PARTS: dict[str, Callable[[Setting], Iterator[Line]]] = {
-    "provenance": part_provenance,
-    "ceilings": part_ceilings,
-    "parity": part_parity,
-    "ops": part_ops,
-    "models": part_models,
+PARTS: dict[str, Part] = {
+    "provenance": Part(origin.run, 0.05),
+    "ceilings": Part(ceilings.run, 0.10),
+    "load": Part(load.run, 0.25),
+    "parity": Part(parity.run, 0.30),
+    "ops": Part(op_times.run, 0.20),
+    "models": Part(models.run, 0.30),
+    "sanitizer": Part(sanitizer.run, 0.15),
+    "sweep": Part(sweep.run, 0.10),
 }
+BASELINES: dict[str, Part] = {"provenance": PARTS["provenance"], "baselines": Part(baselines.run, 1.0)}
 
 
-def record(setting: Setting, out: Path, names: Sequence[str]) -> list[str]:
-    """Runs the parts in order, appends their rows to `out`; returns the names of those that raised."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    broken = []
-    with out.open("a", encoding="utf-8") as file:
+@dataclass
+class Recorder:
+    """Runs parts and appends their rows to a file.
 
-        def append(line: Line) -> None:
-            file.write(json.dumps(line, default=str) + "\n")
-            file.flush()
+    Args:
+        seconds: for all parts together; infinite: no part is cut.
+    """
 
-        for name in names:
-            begin = time.perf_counter()
+    setting: Setting
+    file: Path
+    seconds: float
+
+    def __post_init__(self) -> None:
+        self.end = time.monotonic() + self.seconds
+        self.begin = self.file.stat().st_size if self.file.exists() else 0
+
+    def append(self, line: Line) -> None:
+        """Writes a row; it is in the file when this returns."""
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(line), default=str, allow_nan=False) + "\n")
+
+    def rows(self) -> list[Line]:
+        """What this run wrote, and a process that it handed over to."""
+        with self.file.open("rb") as file:
+            file.seek(self.begin)
+            return [json.loads(line) for line in file]
+
+    def run(self, parts: dict[str, Part]) -> list[str]:
+        """Runs the parts in order; returns the names of those that raised."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        broken, names = [], list(parts)
+        for i, name in enumerate(names):
             print(f"{name} ...", flush=True)
-            try:
-                for line in PARTS[name](setting):
-                    append({"part": name, **line})
-                end: Line = {"done": True}
-            except Exception as error:
+            if not self.run_part(name, parts[name]):
                 broken.append(name)
-                end = {"done": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-                print(f"{name}: {end['error']}", file=sys.stderr, flush=True)
-            append({"part": name, **end, "wall_seconds": round(time.perf_counter() - begin, 3)})
-    return broken
+                if self.setting.is_lost:
+                    return [*broken, *self.hand_over(names[i:])]
+        return broken
+
+    def run_part(self, name: str, part: Part) -> bool:
+        """Whether the part did not raise."""
+        begin, deadline = time.perf_counter(), time.monotonic() + part.share * self.seconds
+        self.setting.deadline = min(deadline, self.end)
+        cut, errors = "", 0
+        try:
+            lines = part.run(self.setting)
+            while True:
+                if time.monotonic() > self.setting.deadline:
+                    cut = "its time was over: what would follow is missing"
+                    break
+                if (line := next(lines, None)) is None:
+                    break
+                self.append({"part": name, **line})
+                cut = "its rows say what" if line.get("cut") else cut
+                errors += "error" in line and not line.get("cut")
+            end: Line = {"done": False, "cut": cut} if cut else {"done": True}
+            end |= {"errors": errors} if errors else {}
+        except Exception as error:
+            end = {"done": False, "error": in_words(error), "traceback": traceback.format_exc()}
+            print(f"{name}: {end['error']}", file=sys.stderr, flush=True)
+        if self.setting.on_cuda:
+            end["nvidia_smi"] = card.asked(card.STATE, self.setting.place)
+        self.append({"part": name, **end, "wall_seconds": round(time.perf_counter() - begin, 3)})
+        return "error" not in end
+
+    def hand_over(self, names: Sequence[str]) -> list[str]:
+        """Another process runs the part again, without the kernel that broke the device, and the parts behind it."""
+        without = dict.fromkeys((*self.setting.without, *([self.setting.running] if self.setting.running else [])))
+        left = (self.end - time.monotonic() - STARTING) / 60
+        if len(without) == len(self.setting.without):
+            names = names[1:]  # nobody knows what to leave out: the part is not run again
+        if not names or left < 0.2:
+            return []
+        print(f"the device is lost to this process; another one goes on: {', '.join(names)}", flush=True)
+        options = {"--out": self.file.parent.resolve(), "--only": ",".join(names), "--device": self.setting.device}
+        options |= {"--without": ",".join(without), **({"--minutes": f"{left:.2f}"} if left < math.inf else {})}
+        command = [sys.executable, "-m", "benchmarks.gpu_record"]
+        command += [str(word) for option in options.items() for word in option]
+        done = subprocess.run([*command, *(["--dry-run"] if self.setting.dry_run else [])], cwd=ROOT, check=False)
+        return ["the parts that another process ran"] if done.returncode else []
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def finite(value: Any) -> Any:
+    """A row as JSON knows it: infinities and NaN as words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_record", description=__doc__)
     out_help = "folder for record.jsonl; --dry-run needs none and takes a temporary one"
     parser.add_argument("--out", type=Path, metavar="DIR", help=out_help)
     parser.add_argument("--device", help="default: cuda where torch sees one, else cpu")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: does every part run")
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
+    parser.add_argument("--only", metavar="PARTS", help=f"comma-separated, of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--baselines", action="store_true", help="HuggingFace's model alone, in every way it can be run"
+    )
+    minutes_help = f"parts are cut so that all take no longer; default: {MINUTES} on a GPU, no end on a CPU"
+    parser.add_argument("--minutes", type=float, help=minutes_help)
+    parser.add_argument("--without", default="", metavar="KERNELS", help='left out: "attention triton,unpad cuda"')
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = parser_of()
     given = parser.parse_args(arguments)
-    names = given.only.split(",")
-    unknown = [name for name in names if name not in PARTS]
+    parts = BASELINES if given.baselines else PARTS
+    names = given.only.split(",") if given.only else list(parts)
+    unknown = [name for name in names if name not in parts]
     if unknown:
-        parser.error(f"no part is called {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+        parser.error(f"no part is called {', '.join(unknown)}; there are: {', '.join(parts)}")
+    without = tuple(filter(None, given.without.split(",")))
+    kernels = {f"{op.name} {backend}" for op in ops.ALL for backend in op.backends}
+    if strangers := [name for name in without if name not in kernels]:
+        parser.error(f"no kernel is called {', '.join(strangers)}; one is called attention triton")
     if given.out is None and not given.dry_run:
         parser.error("--out DIR is needed: where the record goes")
     device = given.device
@@ -247,7 +186,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --device cpu records the CPU")
     file = (given.out or Path(tempfile.mkdtemp(prefix="gpu_record-"))) / "record.jsonl"
-    broken = record(Setting(device, given.dry_run), file, names)
+    minutes = given.minutes or (MINUTES if device.startswith("cuda") else math.inf)
+    recorder = Recorder(Setting(device, given.dry_run, without), file, 60 * minutes)
+    if minutes < math.inf:  # a kernel that never ends keeps no row: those before it are in the file
+        faulthandler.dump_traceback_later(60 * minutes + GRACE, exit=True, file=sys.__stderr__)
+    try:
+        broken = recorder.run({name: parts[name] for name in names})
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    table.show(recorder.rows(), Console(width=None if sys.stdout.isatty() else 150))
     print(f"{file}" + (f": {', '.join(broken)} raised" if broken else ""))
     return 1 if broken else 0
 

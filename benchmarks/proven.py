@@ -20,6 +20,7 @@ from fastbert.ops import ALL
 from fastbert.proven import Record
 
 ROOT = Path(__file__).resolve().parent.parent
+OLDEST_OF_TRITON = 80  # `OLDEST` of kernels/cards.py, which cannot be imported without Triton
 
 
 def proofs(rows: Sequence[dict[str, Any]], measured: str) -> list[Record]:
@@ -67,10 +68,13 @@ def current(records: Iterable[Record]) -> list[Record]:
 
 
 def card_table() -> str:
-    """The README's table, in markdown: per card which of our kernels are proven there, and which compile only."""
+    """The README's table, in markdown: per card which of our kernels are proven there, and which compile only.
+
+    An op stands for its backward too, where neither is proven.
+    """
     native = {op.name: [b for b in op.backends if b in proven.OWN] for op in ALL}
     on_cpu = [op for op, backends in native.items() if "cpu" in backends]
-    on_gpu = [f"{op} ({b})" for op, backends in native.items() for b in ("triton", "cuda") if b in backends]
+    on_gpu = [f"{op} ({b})" for b in ("triton", "cuda") for op, backends in native.items() if b in backends]
     records = current(proven.records())
     cards = {"CPU": [r for r in records if r["backend"] == "cpu"]}
     for arch in cuda_archs():
@@ -79,7 +83,11 @@ def card_table() -> str:
     for card, found in cards.items():
         names = [r["kernel"] if card == "CPU" else f"{r['kernel']} ({r['backend']})" for r in found]
         where = [f"{name}: {', '.join(r['dtypes'])}; {r['card']}" for name, r in zip(names, found, strict=True)]
-        rest = [kernel for kernel in (on_cpu if card == "CPU" else on_gpu) if kernel not in names]
+        compiled = on_cpu if card == "CPU" else on_gpu
+        if card != "CPU" and int(card.removeprefix("sm_")) < OLDEST_OF_TRITON:
+            compiled = [kernel for kernel in on_gpu if "(triton)" not in kernel]
+        rest = [kernel for kernel in compiled if kernel not in names]
+        rest = [k for k in rest if "_backward" not in k or k.replace("_backward", "") not in rest]  # named by its op
         alike.setdefault(f"{'<br>'.join(where) or 'nothing'} | {', '.join(rest) or 'nothing'}", []).append(card)
     lines = [f"| {', '.join(cards)} | {known} |" for known, cards in alike.items()]
     return "\n".join(["| Card | proven there | compiles only |", "|---|---|---|", *lines])

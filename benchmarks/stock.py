@@ -24,9 +24,10 @@ OPS = {op.name: op for op in ops.ALL}
 Dropout = tuple[Tensor, float] | None  # which elements are kept, and what those are multiplied with
 
 
-def unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
+def unpad(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     lengths = mask.sum(1, dtype=torch.int32)
-    return mask.flatten().nonzero().flatten(), F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    order = lengths.sort(descending=True, stable=True).indices.to(torch.int32)
+    return mask.flatten().nonzero().flatten(), F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), order
 
 
 def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:

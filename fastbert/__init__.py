@@ -97,7 +97,7 @@ if TYPE_CHECKING:
 
     from fastbert.models.accelerate import accelerate as accelerate
     from fastbert.models.accelerate import explain, restore
-    from fastbert.ops import use_backend
+    from fastbert.ops import use_backend, use_batch_invariant
     from fastbert.pooling import pool
 
 # `accelerate` is left out on purpose: a star import must not hide HuggingFace's package of that name.
@@ -124,6 +124,7 @@ __all__ = [
     "RobertaForTokenClassification", "RobertaModel", "XLMRobertaForCausalLM", "XLMRobertaForMaskedLM",
     "XLMRobertaForMultipleChoice", "XLMRobertaForQuestionAnswering", "XLMRobertaForSequenceClassification",
     "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "pool", "restore", "use_backend",
+    "use_batch_invariant",
 ]  # fmt: skip
 
 
@@ -133,10 +134,10 @@ def __getattr__(name: str) -> Any:
         from fastbert.models import accelerate as module
 
         return getattr(module, name)
-    if name == "use_backend":
-        from fastbert.ops import use_backend
+    if name in ("use_backend", "use_batch_invariant"):
+        from fastbert import ops
 
-        return use_backend
+        return getattr(ops, name)
     if name == "pool":
         from fastbert.pooling import pool
 

@@ -5,6 +5,8 @@ T real tokens, H hidden size, N heads, D head dim, I intermediate size.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ class Packing:
         max_seqlen: an upper bound of the sequence lengths.
         batch, length: B and S.
         indices: [T] int64 into B·S; None: nothing is padded.
+        order: [B] int32, the sequences longest first; None: as they stand.
+        classes: on a GPU, how many sequences stand in each class of lengths (ops.LENGTH_CLASSES), shortest first.
     """
 
     cu_seqlens: Tensor
@@ -33,6 +37,8 @@ class Packing:
     batch: int
     length: int
     indices: Tensor | None = None
+    order: Tensor | None = None
+    classes: tuple[int, ...] = ()
 
     def pack(self, x: Tensor) -> Tensor:
         """x [B, S, ...] → [T, ...]."""
@@ -52,23 +58,36 @@ def pack_mask(mask: Tensor) -> tuple[Packing, bool]:
     The host waits for the device once.
     """
     batch, length = mask.shape
+    work: tuple[Any, ...] = ()
     if mask.device.type == "cpu":
         first = bool(mask[:, 0].to(torch.bool).all())
-        indices, cu_seqlens = ops.unpad(mask)
+        indices, cu_seqlens, _ = ops.unpad(mask)
         longest = int(cu_seqlens.diff().max())
     else:
-        tokens, longest, first = measure(mask)
-        indices, cu_seqlens = ops.unpad(mask, tokens)
+        tokens, longest, first, classes = measure(mask)
+        indices, cu_seqlens, order = ops.unpad(mask, tokens)
+        work = order, classes
     packed = indices if indices.shape[0] < batch * length else None
-    return Packing(cu_seqlens, longest, batch, length, packed), first
+    return Packing(cu_seqlens, longest, batch, length, packed, *work), first
 
 
-def measure(mask: Tensor) -> tuple[int, int, bool]:
-    """mask [B, S] → T, the longest sequence, whether column 0 is real in every row: one read by the host."""
+def measure(mask: Tensor) -> tuple[int, int, bool, tuple[int, ...]]:
+    """mask [B, S] → T, the longest sequence, whether column 0 is real in every row, how many rows each class of lengths
+    holds (`Packing.classes`): one read by the host.
+    """
     real = mask.to(torch.bool)
     lengths = real.sum(1)
-    tokens, longest, first = torch.stack([lengths.sum(), lengths.max(), real[:, 0].all().long()]).tolist()
-    return tokens, longest, bool(first)
+    within = (lengths[:, None] <= class_bounds(mask.device)).sum(0)  # how many have at most so many tokens
+    found = torch.cat([torch.stack([lengths.sum(), lengths.max(), real[:, 0].all().long()]), within]).tolist()
+    tokens, longest, first, *counts = found
+    classes = tuple(end - start for start, end in itertools.pairwise((0, *counts, mask.shape[0])))
+    return tokens, longest, bool(first), classes
+
+
+@functools.cache
+def class_bounds(device: torch.device) -> Tensor:
+    """The longest length of each class but the last [4], on a device: made once, not copied to it at every batch."""
+    return torch.tensor(ops.LENGTH_CLASSES, device=device)
 
 
 def pack_dense(batch: int, length: int, device: torch.device) -> Packing:
@@ -126,8 +145,9 @@ class LayerWeights:
 def attend(x: Tensor, weights: LayerWeights, packing: Packing, seed: Tensor | None) -> Tensor:
     """x [T, H] → self-attention with its output projection [T, H], before dropout, residual and LayerNorm."""
     qkv = weights.qkv(x).unflatten(1, (3, weights.heads, -1))  # type: ignore[no-untyped-call]  # [T, 3, N, D]
-    kept = keep_bits(weights, packing, x.shape[0], seed)
-    out, _ = ops.attention(qkv, packing.cu_seqlens, packing.max_seqlen, weights.scale, *kept)
+    bits, p = keep_bits(weights, packing, x.shape[0], seed)
+    work = packing.order, packing.classes
+    out, _ = ops.attention(qkv, packing.cu_seqlens, packing.max_seqlen, weights.scale, bits, p, *work)
     return weights.out(out.flatten(1))
 
 
@@ -158,9 +178,9 @@ def dropout(weights: LayerWeights, place: int, seed: Tensor | None) -> tuple[Any
     return weights.dropout[place], seed, site_of(weights.index, place)
 
 
-def keep_bits(weights: LayerWeights, packing: Packing, tokens: int, seed: Tensor | None) -> tuple[Any, ...]:
-    """The keep bits and p of the attention probabilities, as the op takes them; () where there is no dropout."""
+def keep_bits(weights: LayerWeights, packing: Packing, tokens: int, seed: Tensor | None) -> tuple[Tensor | None, float]:
+    """The keep bits of the attention probabilities and p, as the op takes them."""
     if not (arguments := dropout(weights, ATTENTION_PROBABILITIES, seed)):
-        return ()
+        return None, 0.0
     p, seed, site = arguments
     return ops.dropout_bits(seed, site, packing.cu_seqlens, tokens, packing.max_seqlen, weights.heads, p), p

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -95,17 +96,30 @@ def built_name(kernel: str, backend: str) -> str:
 def sources(kernel: str, backend: str) -> list[Path]:
     """The files that a kernel is made of; none where only the built library is installed.
 
-    A backward stands in the files of its op. What the files of the native library share counts for every kernel.
+    A backward stands in the files of its op. A kernel of Triton is made of the files beside it that it imports, too;
+    what the files of the native library share counts for every kernel.
     """
     name = kernel.removesuffix("_backward")
     if backend == "triton":
         inside = PACKAGE / "kernels"
-        return sorted((inside if inside.is_dir() else PACKAGE.parent / "kernels").glob(f"{name}.py"))
+        return with_imports((inside if inside.is_dir() else PACKAGE.parent / "kernels") / f"{name}.py")
     csrc = PACKAGE.parent / "csrc"
     if not (csrc / "ops.cpp").is_file():
         return []
     own = csrc / backend
     return sorted({*csrc.glob("*.*"), *own.glob("*.h"), *own.glob("*.cuh"), *own.glob(f"{name}.*")})
+
+
+def with_imports(path: Path) -> list[Path]:
+    """A Python file and those beside it that it imports, they too with theirs; none if there is no such file."""
+    found, waiting = set[Path](), [path]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.is_file():
+            found.add(path)
+            siblings = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+            waiting += [path.with_name(f"{name}.py") for name in siblings]
+    return sorted(found)
 
 
 @functools.cache

@@ -8,6 +8,9 @@ import torch
 
 from tests.poison import poisoned_memory
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels run on a CPU where a test asks
+
 pytest_plugins = ["fastbert.pytest_plugin"]
 pytest.register_assert_rewrite("tests.ops.common")
 

@@ -1,11 +1,12 @@
 """pytest plugin of `make test`: runs the rooms of tests/ in the order of the package and prints the time of each."""
 
+import re
 from collections import Counter
 from pathlib import PurePath
 
 import pytest
 
-ORDER = ["build", "ops", "models", "huggingface", "ecosystem", "cli"]  # rooms not named here come last
+ORDER = ["build", "ops", "kernels", "models", "huggingface", "ecosystem", "cli"]  # rooms not named here come last
 seconds: Counter[str] = Counter()
 outcomes: dict[str, Counter[str]] = {}
 
@@ -15,6 +16,13 @@ def room_of(nodeid: str) -> str:
     return parts[1] if len(parts) > 2 else "."
 
 
+def share_of(nodeid: str) -> str:
+    """The room, and apart from it the tests of tests/ops that run Triton's kernels."""
+    room = room_of(nodeid)
+    is_triton = room == "ops" and re.search(r"\btriton\b", nodeid.partition("[")[2])
+    return "ops, triton" if is_triton else room
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rooms = {room_of(item.nodeid) for item in items}
     order = [*ORDER, *sorted(rooms.difference(ORDER))]
@@ -22,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    room = room_of(report.nodeid)
+    room = share_of(report.nodeid)
     seconds[room] += report.duration
     if report.when == "call" or report.outcome != "passed":
         outcomes.setdefault(room, Counter())[report.outcome] += 1

@@ -7,7 +7,7 @@ where `torch_private` finds them; elsewhere by the plain built-ins.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,15 @@ SHORT_ROWS, MANY_PARTS = 16, 8  # up to so few rows MKL's one product is faster 
 BLOCK_ROWS = 512  # of [T, N] sums that should stay in a CPU's cache
 
 
-def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
+def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor, Tensor]:
     real = mask.to(torch.bool)
     cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return places(real, tokens), cu_seqlens
+    return places(real, tokens), cu_seqlens, longest_first(cu_seqlens)
+
+
+def longest_first(cu_seqlens: Tensor) -> Tensor:
+    """cu_seqlens [B+1] → the sequences [B] int32, longest first, those of equal length as they stand."""
+    return torch.argsort(cu_seqlens.diff(), descending=True, stable=True).to(torch.int32)
 
 
 def places(real: Tensor, tokens: int) -> Tensor:
@@ -123,8 +128,9 @@ def dropout_bits(
 
 
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
+    order: Tensor | None = None, classes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if keep_bits is None and not refuse_varlen(qkv):
         query, key, value = qkv.unbind(1)
         return private.varlen_attention(query, key, value, cu_seqlens, max_seqlen, scale)
@@ -158,7 +164,7 @@ def refuse_varlen(qkv: Tensor) -> list[str]:
 
 def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float,
+    keep_bits: Tensor | None, p: float, order: Tensor | None = None, classes: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     if qkv.device.type != "cpu":
         return attention_padded_backward(grad, qkv, cu_seqlens, max_seqlen, scale, keep_bits, p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,20 +10,26 @@ from torch import Tensor
 
 from fastbert import native
 from fastbert.ops import builtins, reference
+from fastbert.ops.kernels import triton_backend
 from fastbert.ops.packed import PackedWeight
-from fastbert.ops.reference import statistics_dtype
+from fastbert.ops.reference import LENGTH_CLASSES, statistics_dtype
 from fastbert.ops.registry import Backend, Gradient, Op
+
+# On GPUs Triton's kernels of these ops are tried before PyTorch's built-ins, those of the others behind. Unmeasured:
+# what is first spares memory traffic on paper; of the products nobody knows yet where they beat cuBLAS.
+TRITON_FIRST = ("embed_layer_norm", "dropout_bits", "attention", "add_layer_norm")
 
 
 def declare(
     name: str, schema: str, fake: Any, check: Any, gradient: Gradient | None = None, first: tuple[Backend, ...] = ()
 ) -> Op:
-    """An op with the two backends that every op has, tried after those of `first`."""
+    """An op with the three backends that every op has, tried after those of `first`."""
     op = Op(name, schema, fake, check, gradient)
-    for backend in first:
+    usual = [Backend("torch", getattr(builtins, name)), triton_backend(name)]
+    if name.removesuffix("_backward") in TRITON_FIRST:
+        usual.reverse()
+    for backend in (*first, *usual, Backend("reference", getattr(reference, name))):
         op.add(backend)
-    op.add(Backend("torch", getattr(builtins, name)))
-    op.add(Backend("reference", getattr(reference, name)))
     return op
 
 
@@ -87,9 +94,15 @@ def check_unpad(mask: Tensor, tokens: int = -1) -> list[str]:
     return shape_reasons(mask=(mask, (None, None)))
 
 
-def fake_unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size() if tokens < 0 else tokens
-    return mask.new_empty(size, dtype=torch.int64), mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
+def fake_unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+    size, batch = torch.library.get_ctx().new_dynamic_size() if tokens < 0 else tokens, mask.shape[0]
+    bounds, order = (mask.new_empty(n, dtype=torch.int32) for n in (batch + 1, batch))
+    return mask.new_empty(size, dtype=torch.int64), bounds, order
+
+
+def native_unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+    indices, cu_seqlens = native.unpad(mask, tokens)
+    return indices, cu_seqlens, builtins.longest_first(cu_seqlens)
 
 
 def refuse_native_unpad(mask: Tensor, tokens: int = -1) -> list[str]:
@@ -101,12 +114,12 @@ def refuse_native_unpad(mask: Tensor, tokens: int = -1) -> list[str]:
 
 unpad = declare(
     "unpad",
-    "(Tensor mask, SymInt tokens=-1) -> (Tensor indices, Tensor cu_seqlens)",
+    "(Tensor mask, SymInt tokens=-1) -> (Tensor indices, Tensor cu_seqlens, Tensor order)",
     fake_unpad,
     check_unpad,
-    first=(Backend("cpu", native.unpad, refuse_native_unpad, devices=("cpu",)),),
+    first=(Backend("cpu", native_unpad, refuse_native_unpad, devices=("cpu",)),),
 )
-unpad.add(Backend("cuda", native.unpad, refuse_native_unpad, devices=("cuda",)))  # unmeasured: behind "torch"
+unpad.add(Backend("cuda", native_unpad, refuse_native_unpad, devices=("cuda",)))  # unmeasured: behind "torch"
 
 # pad
 
@@ -240,29 +253,46 @@ dropout_bits = declare(
 
 
 def check_attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
-) -> list[str]:
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
+    order: Tensor | None = None, classes: Sequence[int] = (),
+) -> list[str]:  # fmt: skip
     reasons = shape_reasons(qkv=(qkv, (None, 3, None, None)), cu_seqlens=(cu_seqlens, (None,)))
     if not reasons:
         words = (max_seqlen + 31) // 32
         reasons += shape_reasons(keep_bits=(keep_bits, (qkv.shape[2], qkv.shape[0], words)))
     if cu_seqlens.dtype != torch.int32:
         reasons.append(f"cu_seqlens is {cu_seqlens.dtype}, expected int32")
-    return reasons + dropout_reasons(p, keep_bits, "keep_bits")
+    return reasons + dropout_reasons(p, keep_bits, "keep_bits") + order_reasons(order, classes, cu_seqlens)
+
+
+def order_reasons(order: Tensor | None, classes: Sequence[int], cu_seqlens: Tensor) -> list[str]:
+    """In words, what is wrong with the order of the sequences and with how many of them each length class holds."""
+    if order is None:
+        return ["classes are given without an order"] if classes else []
+    batch = cu_seqlens.shape[0] - 1
+    reasons = shape_reasons(order=(order, (batch,)))
+    if order.dtype != torch.int32:
+        reasons.append(f"order is {order.dtype}, expected int32")
+    if len(classes) != len(LENGTH_CLASSES) + 1 or sum(classes) != batch:
+        reasons.append(
+            f"classes are {list(classes)}, expected {len(LENGTH_CLASSES) + 1} numbers that add up to {batch}"
+        )
+    return reasons
 
 
 def fake_attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
+    order: Tensor | None = None, classes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens, _, heads, dim = qkv.shape
     return qkv.new_empty(tokens, heads, dim), qkv.new_empty(heads, tokens, dtype=statistics_dtype(qkv))
 
 
 def check_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float,
+    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int],
 ) -> list[str]:  # fmt: skip
-    if reasons := check_attention(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p):
+    if reasons := check_attention(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p, order, classes):
         return reasons
     tokens, _, heads, dim = qkv.shape
     shape = tokens, heads, dim
@@ -271,7 +301,7 @@ def check_attention_backward(
 
 def fake_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float,
+    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int],
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty(qkv.shape)
 
@@ -279,15 +309,15 @@ def fake_attention_backward(
 attention_backward = declare(
     "attention_backward",
     "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
-    " Tensor? keep_bits, float p) -> Tensor qkv_grad",
+    " Tensor? keep_bits, float p, Tensor? order, int[] classes) -> Tensor qkv_grad",
     fake_attention_backward,
     check_attention_backward,
 )
 
 attention = declare(
     "attention",
-    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? keep_bits=None, float p=0.0)"
-    " -> (Tensor out, Tensor lse)",
+    "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? keep_bits=None, float p=0.0,"
+    " Tensor? order=None, int[] classes=[]) -> (Tensor out, Tensor lse)",
     fake_attention,
     check_attention,
     Gradient(attention_backward, of=("qkv",)),

@@ -7,12 +7,15 @@ of its gradients it returns those that are `needed`, and an empty tensor for eac
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastbert.ops.dropout import EMBEDDINGS, keep_bytes, keep_rows, keep_scale
 from fastbert.ops.packed import PackedWeight
+
+LENGTH_CLASSES = (64, 128, 256, 512)  # the longest sequence of each class of lengths; a last class holds longer ones
 
 
 def up(x: Tensor | PackedWeight) -> Tensor:
@@ -25,15 +28,17 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
-    """mask [B, S], nonzero = real → indices [T] int64 into B·S, cu_seqlens [B+1] int32.
+def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+    """mask [B, S], nonzero = real → indices [T] int64 into B·S, cu_seqlens [B+1] int32, order [B] int32.
 
-    tokens: T, where the host knows it: a backend need not wait for the device to learn it; -1: it is not known.
+    order: the sequences, longest first, those of equal length as they stand. tokens: T, where the host knows it: a
+    backend need not wait for the device to learn it; -1: it is not known.
     """
     real = mask.to(torch.bool)
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens[1:] = real.sum(1).cumsum(0)
-    return real.flatten().nonzero().flatten(), cu_seqlens
+    order = torch.argsort(real.sum(1), descending=True, stable=True).to(torch.int32)
+    return real.flatten().nonzero().flatten(), cu_seqlens, order
 
 
 def pad(x: Tensor, indices: Tensor, batch: int, length: int) -> Tensor:
@@ -142,9 +147,14 @@ def keep_mask(keep_bits: Tensor, length: int) -> Tensor:
 
 
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """qkv [T, 3, N, D] → out [T, N, D], lse [N, T]: softmax(q·kᵀ·scale)·v inside each sequence, no causal mask."""
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
+    order: Tensor | None = None, classes: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """qkv [T, 3, N, D] → out [T, N, D], lse [N, T]: softmax(q·kᵀ·scale)·v inside each sequence, no causal mask.
+
+    order [B], classes: the sequences longest first, and how many there are in each class of lengths, by which a kernel
+    may divide its work; what comes out does not depend on them.
+    """
     out, lse = torch.empty_like(qkv[:, 0]), qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=statistics_dtype(qkv))
     bounds = cu_seqlens.tolist()
     for start, end in itertools.pairwise(bounds):
@@ -160,7 +170,7 @@ def attention(
 
 def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float,
+    keep_bits: Tensor | None, p: float, order: Tensor | None = None, classes: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """grad, out [T, N, D], lse [N, T] → dqkv [T, 3, N, D] (Dao et al. 2022, "FlashAttention", algorithm 4)."""
     dqkv = torch.empty_like(qkv)

@@ -41,6 +41,7 @@ class Backend:
         run: the implementation; takes the op's arguments.
         refuse: takes the op's arguments and returns all reasons, in words, why `run` cannot take them; None: never.
         devices: device types on which it is chosen by itself; empty: any.
+        on_request: device types on which it runs only where `use_backend` names it.
         verdicts: of a kernel of ours, what is known of it: (dtype, device or card) → why it may not run; "": it may.
     """
 
@@ -48,6 +49,7 @@ class Backend:
     run: Callable[..., Any]
     refuse: Callable[..., list[str]] | None = None
     devices: tuple[str, ...] = ()
+    on_request: tuple[str, ...] = ()
     verdicts: dict[tuple[torch.dtype, torch.device | str], str] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -55,7 +57,7 @@ class Backend:
     def reasons(self, *args: Any) -> list[str]:
         """All reasons, in words, why this backend is not made for the call; empty: it is."""
         device = args[0].device.type
-        if self.devices and device not in self.devices:
+        if self.devices and device not in self.devices and device not in self.on_request:
             return [f"it runs on {' and '.join(self.devices)}, not on {device}"]
         return self.refuse(*args) if self.refuse is not None else []
 
@@ -197,9 +199,11 @@ class Op:
         return self._order[device]
 
     def candidates(self, device: str) -> tuple[Backend, ...]:
-        """The backends that may run a call now: those of `use_backend`, else `order(device)`."""
+        """The backends that may run a call now: those chosen in this context, else `order(device)`."""
         names = _forced.get()
-        if names is None:
+        if names is BATCH_INVARIANT and self.name.removesuffix("_backward") in MIXING:
+            names = ("triton",)
+        if names is None or names is BATCH_INVARIANT:
             return self.order(device)
         return tuple(self.backends[name] for name in names if name in self.backends)
 
@@ -251,7 +255,7 @@ class Op:
         lines = [f"fastbert.ops.{self.name}: no backend takes this call on {device}"]
         for backend in self.candidates(device):
             lines += [f"  {backend.name}: {reason}" for reason in self.reasons(backend, *args)]
-        absent = [name for name in names or () if name not in self.backends]
+        absent = [name for name in names or () if name not in self.backends and names is not BATCH_INVARIANT]
         lines += [f"  {name}: not a backend of this op (it has {', '.join(self.backends)})" for name in absent]
         return "\n".join(lines)
 
@@ -269,6 +273,9 @@ def has_autocast(device: str) -> bool:
 
 
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
+BATCH_INVARIANT = ("batch-invariant",)  # stands in `_forced` for the choice of `use_batch_invariant`
+# The ops in which a library's choice of kernel, by the number of rows or sequences, may change the bits of a row.
+MIXING = frozenset({"attention", "linear", "linear_gelu", "feed_forward"})
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import reference
+from fastbert.ops.reference import LENGTH_CLASSES
 
 if TYPE_CHECKING:
     from fastbert.ops.registry import Op
@@ -100,6 +101,14 @@ class Draw:
         """cu_seqlens [B+1] int32."""
         return torch.tensor([0, *itertools.accumulate(self.sizes.lengths)], dtype=torch.int32)
 
+    def work(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The sequences longest first [B] int32, and how many each class of lengths holds."""
+        lengths = self.sizes.lengths
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        within = [sum(n <= most for n in lengths) for most in LENGTH_CLASSES]
+        counts = itertools.pairwise((0, *within, len(lengths)))
+        return torch.tensor(order, dtype=torch.int32), tuple(end - start for start, end in counts)
+
     def seed(self) -> Tensor:
         """[] int64."""
         return torch.tensor(SEED)
@@ -148,6 +157,7 @@ def attention(draw: Draw) -> Calls:
     yield "scores of size 2", (peaked, draw.bounds(), longest, scale)
     bits = reference.dropout_bits(draw.seed(), 0, draw.bounds(), sizes.tokens, longest, sizes.heads, p)
     yield "dropout", (qkv, draw.bounds(), longest, scale, bits, p)
+    yield "longest first", (qkv, draw.bounds(), longest, scale, None, 0.0, *draw.work())
 
 
 def add_layer_norm(draw: Draw) -> Calls:

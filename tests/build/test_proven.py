@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ def test_the_readme_says_what_is_proven_where():
     assert command.card_table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("kernel", "backend"), OWN, ids="-".join)
+@pytest.mark.parametrize(("kernel", "backend"), OWN)
 def test_a_kernel_has_sources(kernel, backend):
     names = [path.name for path in proven.sources(kernel, backend)]
     assert any(name.startswith(f"{kernel.removesuffix('_backward')}.") for name in names)
@@ -47,9 +48,9 @@ def test_a_kernel_has_sources(kernel, backend):
 def checkout(tmp_path, monkeypatch):
     """A small checkout, whose sources may be changed."""
     for path in ("csrc/ops.cpp", "csrc/unpad.h", "csrc/cpu/unpad.cpp", "csrc/cpu/pad.cpp", "csrc/cuda/unpad.cu",
-                 "kernels/attention.py", "fastbert/devices.py"):  # fmt: skip
+                 "kernels/attention.py", "kernels/cards.py", "kernels/gelu.py", "fastbert/devices.py"):  # fmt: skip
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(path)
+        (tmp_path / path).write_text("from .cards import Card" if path == "kernels/attention.py" else path)
     monkeypatch.setattr(proven, "PACKAGE", tmp_path / "fastbert")
     proven.digest.cache_clear()
     yield tmp_path
@@ -68,6 +69,8 @@ KERNELS = [("unpad", "cpu"), ("unpad", "cuda"), ("attention", "triton"), ("atten
         ("csrc/cpu/pad.cpp", [False, False, False, False]),
         ("csrc/cuda/unpad.cu", [False, True, False, False]),
         ("kernels/attention.py", [False, False, True, True]),
+        ("kernels/cards.py", [False, False, True, True]),
+        ("kernels/gelu.py", [False, False, False, False]),
         ("fastbert/devices.py", [False, False, False, False]),
     ],
 )
@@ -145,9 +148,8 @@ def test_the_built_library_says_what_it_was_made_of():
 
 def test_in_a_wheel_triton_kernels_lie_in_the_package(checkout):
     before = proven.digest("attention", "triton")
-    (checkout / "fastbert/kernels").mkdir()
-    (checkout / "fastbert/kernels/attention.py").write_text("kernels/attention.py")
-    assert proven.sources("attention", "triton") == [checkout / "fastbert/kernels/attention.py"]
+    inside = shutil.copytree(checkout / "kernels", checkout / "fastbert/kernels")
+    assert proven.sources("attention", "triton") == [inside / "attention.py", inside / "cards.py"]
     proven.digest.cache_clear()
     assert proven.digest("attention", "triton") == before
 
@@ -254,6 +256,13 @@ def test_the_table_has_every_card(monkeypatch, setup_py):
     lines = command.card_table().splitlines()
     cards = [card for line in lines[2:] for card in line.split("|")[1].strip().split(", ")]
     assert sorted(cards) == sorted(["CPU", *(f"sm_{arch.rstrip('a')}" for arch in setup_py.CUDA_ARCHS)])
+    triton = ", ".join(f"{op.name} (triton)" for op in ops.FORWARD)
     assert "| CPU | nothing | unpad |" in lines
-    assert "| sm_75, sm_80, sm_86, sm_89, sm_100, sm_120 | nothing | unpad (cuda) |" in lines
-    assert "| sm_90 | unpad (cuda): int64; NVIDIA H200 (sm_90) | nothing |" in lines
+    assert "| sm_75 | nothing | unpad (cuda) |" in lines, "Triton's kernels need sm_80"
+    assert f"| sm_80, sm_86, sm_89, sm_100, sm_120 | nothing | {triton}, unpad (cuda) |" in lines
+    assert f"| sm_90 | unpad (cuda): int64; NVIDIA H200 (sm_90) | {triton} |" in lines
+
+
+def test_the_oldest_card_of_triton():
+    cards = (ROOT / "kernels/cards.py").read_text()
+    assert f"\nOLDEST = {command.OLDEST_OF_TRITON} " in cards

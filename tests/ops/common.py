@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 
 from fastbert import ops
 from fastbert.parity import judge
+from tests import interpreter
 from tests.ops.cases import CASES, NO_TOKENS, Arguments, Case, Spec, cast
 
 EDGES = CASES[0]
+FEW_EDGES = dataclasses.replace(EDGES, name="few_edges", lengths=EDGES.lengths[:5], heads=1)  # for the interpreter
 
 
 def as_tuple(outputs: object) -> tuple[torch.Tensor, ...]:
@@ -31,6 +34,16 @@ class Backend:
     def __init__(self, name: str, device: str, packed: bool = False) -> None:
         self.name, self.device, self.packed = name, device, packed
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether it runs in Triton's interpreter, a thousand times slower."""
+        return self.name == "triton" and self.device == "cpu"
+
+    @property
+    def edges(self) -> Case:
+        """The case of tests that take one: its third sequence has 128 tokens."""
+        return FEW_EDGES if self.interpreted else EDGES
+
     def __str__(self) -> str:
         return "-".join(
             [self.name, *([self.device] if self.device != "cpu" else []), *(["packed"] if self.packed else [])]
@@ -43,10 +56,16 @@ class Backend:
 
 def backends_of(spec: Spec, devices: tuple[str, ...]) -> Iterator[Backend]:
     for device in devices:
-        for backend in spec.op.order(device):
-            yield Backend(backend.name, device)
-            if spec.weights and device == "cpu":
-                yield Backend(backend.name, device, packed=True)
+        for name in names_here(spec.op, device):
+            yield Backend(name, device)
+            if spec.weights and device == "cpu" and name != "triton":
+                yield Backend(name, device, packed=True)
+
+
+def names_here(op: ops.Op, device: str) -> list[str]:
+    """The names of the backends that are tested on a device; on a CPU Triton's by its interpreter."""
+    found = [backend.name for backend in op.order(device)]
+    return [*found, "triton"] if device == "cpu" and "triton" in op.backends and interpreter.is_here() else found
 
 
 def judged(
@@ -79,7 +98,7 @@ def test_reference_is_the_formula(spec, case):
 
 def test_dtypes_and_shapes(spec, dtype, backend):
     """What the fake says: 16-bit outputs, statistics in fp32, also where T = 0."""
-    for case in (EDGES, NO_TOKENS):
+    for case in (backend.edges, NO_TOKENS):
         for _, exact in spec.inputs(case, dtype):
             arguments = arguments_of(spec, exact, dtype, backend)
             fake = as_tuple(spec.op.fake(*arguments))
@@ -89,7 +108,7 @@ def test_dtypes_and_shapes(spec, dtype, backend):
 
 
 def test_reruns_are_bitwise_equal(spec, dtype, backend):
-    for _, exact in spec.inputs(EDGES, dtype):
+    for _, exact in spec.inputs(backend.edges, dtype):
         arguments = arguments_of(spec, exact, dtype, backend)
         for first, second in zip(backend(spec, arguments), backend(spec, arguments), strict=True):
             assert torch.equal(first, second)
@@ -97,11 +116,11 @@ def test_reruns_are_bitwise_equal(spec, dtype, backend):
 
 def test_other_sequences_do_not_matter(spec, dtype, backend):
     """Filling one sequence with other values, and with NaN, leaves every other row bitwise as it was."""
-    offsets = EDGES.cu_seqlens().tolist()
+    offsets = backend.edges.cu_seqlens().tolist()
     start, end = offsets[2], offsets[3]  # the sequence of 128
-    others = torch.ones(EDGES.tokens, dtype=torch.bool)
+    others = torch.ones(backend.edges.tokens, dtype=torch.bool)
     others[start:end] = False
-    for _, exact in spec.inputs(EDGES, dtype):
+    for _, exact in spec.inputs(backend.edges, dtype):
         arguments = arguments_of(spec, exact, dtype, backend)
         before = backend(spec, arguments)
         for value in (-3.0, float("nan")):
@@ -113,7 +132,7 @@ def test_other_sequences_do_not_matter(spec, dtype, backend):
             for old, new in zip(before, after, strict=True):
                 if not old.numel():  # what was not to be saved
                     continue
-                dim = old.shape.index(EDGES.tokens)
+                dim = old.shape.index(backend.edges.tokens)
                 assert torch.equal(*(x.movedim(dim, 0)[others.to(x.device)] for x in (old, new)))
             assert not all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
@@ -127,7 +146,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 def test_strided_inputs(spec, dtype, backend, parity):
     """Tensors that are not contiguous give what their contiguous copies give."""
-    for name, exact in spec.inputs(EDGES, dtype):
+    for name, exact in spec.inputs(backend.edges, dtype):
         rounded = cast(exact, dtype)
         arguments = cast(rounded, dtype, backend.device)
         views = tuple(strided(a) if isinstance(a, torch.Tensor) else a for a in arguments)
@@ -141,7 +160,7 @@ def test_strided_inputs(spec, dtype, backend, parity):
 
 
 def test_inputs_are_not_written(spec, dtype, backend):
-    for _, exact in spec.inputs(EDGES, dtype):
+    for _, exact in spec.inputs(backend.edges, dtype):
         arguments = arguments_of(spec, exact, dtype, backend)
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
         copies = [a.clone() for a in tensors]

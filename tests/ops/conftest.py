@@ -25,10 +25,35 @@ def pytest_generate_tests(metafunc):
     if "dtype" in names:
         metafunc.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
     backends = list(backends_of(spec, DEVICES))  # last, so that they follow one another: they share ref and base
+    if metafunc.function.__name__ == "test_gradcheck":
+        backends = [b for b in backends if b.name != "triton"]  # which takes no float64
     if "backend" in names:
         metafunc.parametrize("backend", backends, ids=str)
     if "plain_backend" in names:
         metafunc.parametrize("plain_backend", [b for b in backends if not b.packed], ids=str)
+
+
+QUICK_CASES = {  # in the interpreter; the kernels' own tests add lengths and head sizes at tile boundaries
+    "float32": ("edges", "odd", "narrow", "empty_ends", "no_tokens"),
+    "bfloat16": ("edges", "odd", "narrow", "one", "equal", "minilm"),
+    "float16": ("odd", "equal"),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """In the interpreter a few cases in each dtype are quick, and bfloat16 alone for what does not depend on it."""
+    for item in items:
+        given = getattr(item, "callspec", None)
+        found = given.params.get("backend", given.params.get("plain_backend")) if given else None
+        if not getattr(found, "interpreted", False) or "dtype" not in given.params:
+            continue
+        dtype = str(given.params["dtype"]).removeprefix("torch.")
+        case = given.params.get("case", given.params.get("gradient_case"))
+        is_long = item.originalname == "test_only_what_is_needed_is_returned"  # one run for each gradient
+        other = dtype != "bfloat16" if case is None else str(case) not in QUICK_CASES[dtype]
+        if is_long or other:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

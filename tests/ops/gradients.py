@@ -14,9 +14,10 @@ from fastbert import ops
 from fastbert.ops.sample_calls import backward_arguments
 from fastbert.parity import judge
 from tests.ops.cases import NO_TOKENS, SPECS, Arguments, Case, Spec, cast, gelu_inputs, normal
-from tests.ops.common import EDGES, Backend, as_tuple, strided
+from tests.ops.common import Backend, as_tuple, strided
 
 SMALL = Case("small", (3, 0, 1), 2, 4, 5, "small enough for numeric gradients; an empty row")
+FEW = 64  # numbers: of a smaller gradient the largest error says little
 Gradients = dict[str, torch.Tensor]  # by name: x_grad, weight_grad, ...
 
 
@@ -68,11 +69,22 @@ def ref_and_base(spec: Spec, rounded: Arguments, grad: torch.Tensor) -> tuple[to
 def judged_gradients(
     spec: Spec, case: Case, dtype: torch.dtype, backend: Backend
 ) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]]]:
-    """(check, (ours, ref, base, elementwise)) of each call of the spec and each gradient."""
+    """(check, (ours, ref, base, elementwise)) of each call of the spec and each gradient.
+
+    Gradients of few numbers are judged over all calls together: base's error in one is a matter of luck.
+    """
+    few: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     for name, rounded, grad, ref, base in expected(spec.op.name, case, dtype, backend.device):
         for output, ours in gradients(spec, rounded, grad, backend).items():
+            found = ours.cpu(), ref[output], base[output].cpu()
+            if 0 < ours.numel() < FEW:
+                few.setdefault(output, []).append(tuple(x.flatten() for x in found))
+                continue
             check = "/".join([spec.op.gradient.op.name, str(backend), output, *([name] if name else [])])
-            yield check, (ours.cpu(), ref[output], base[output].cpu(), spec.elementwise(output))
+            yield check, (*found, spec.elementwise(output))
+    for output, calls in few.items():
+        check = "/".join([spec.op.gradient.op.name, str(backend), output, "all calls"])
+        yield check, (*(torch.cat(x) for x in zip(*calls, strict=True)), spec.elementwise(output))
 
 
 def gelu_slopes(spec: Spec, dtype: torch.dtype, approximate: str, backend: Backend) -> tuple[torch.Tensor, ...]:
@@ -119,7 +131,7 @@ def test_reference_gradients_are_the_formulas(spec, gradient_case):
 
 def test_gradients_of_strided_tensors(spec, dtype, plain_backend, parity):
     """Inputs and upstream gradients that are not contiguous; an upstream gradient that is one row, expanded."""
-    for name, rounded, grad, ref, base in expected(spec.op.name, EDGES, dtype, plain_backend.device):
+    for name, rounded, grad, ref, base in expected(spec.op.name, plain_backend.edges, dtype, plain_backend.device):
         views = tuple(strided(a) if isinstance(a, torch.Tensor) else a for a in rounded)
         ours = gradients(spec, views, strided(grad), plain_backend)
         one = grad[:1].expand_as(grad)
@@ -183,7 +195,7 @@ def test_opcheck_of_the_backward(spec, dtype, plain_backend):
 
 def test_only_what_is_needed_is_returned(spec, dtype, plain_backend):
     """Each gradient alone, and all but one: bitwise what the full run gives; frozen inputs get none."""
-    for _, rounded, grad, *_ in expected(spec.op.name, EDGES, dtype, plain_backend.device):
+    for _, rounded, grad, *_ in expected(spec.op.name, plain_backend.edges, dtype, plain_backend.device):
         full = gradients(spec, rounded, grad, plain_backend)
         places = stock.differentiated(spec.op, rounded)
         for wanted in [(i,) for i in places] + [tuple(j for j in places if j != i) for i in places if len(places) > 1]:
@@ -197,8 +209,9 @@ def test_only_what_is_needed_is_returned(spec, dtype, plain_backend):
 
 def test_gradients_share_no_memory(spec, plain_backend):
     """No gradient is a view of an input, of the upstream gradient or of another one; nothing of these is written."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for _, rounded, grad, *_ in expected(spec.op.name, EDGES, dtype, plain_backend.device):
+    wide = () if plain_backend.name == "triton" else (torch.float64,)
+    for dtype in (torch.float32, torch.bfloat16, *wide):
+        for _, rounded, grad, *_ in expected(spec.op.name, plain_backend.edges, dtype, plain_backend.device):
             inputs = [t for t in (*rounded, grad) if isinstance(t, torch.Tensor)]
             copies = [t.clone() for t in inputs]
             found = list(gradients(spec, rounded, grad, plain_backend).values())
@@ -209,7 +222,7 @@ def test_gradients_share_no_memory(spec, plain_backend):
 
 
 def test_gradients_are_bitwise_the_same_again(spec, dtype, plain_backend):
-    for _, rounded, grad, *_ in expected(spec.op.name, EDGES, dtype, plain_backend.device):
+    for _, rounded, grad, *_ in expected(spec.op.name, plain_backend.edges, dtype, plain_backend.device):
         first, second = (gradients(spec, rounded, grad, plain_backend) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -224,10 +237,10 @@ def test_no_tokens_no_gradient(spec, dtype, plain_backend):
 
 def test_other_sequences_get_no_gradient(spec, dtype, plain_backend):
     """NaN in the upstream gradient of one sequence stays there: the rows of the others are bitwise as they were."""
-    start, end = EDGES.cu_seqlens().tolist()[2:4]  # the sequence of 128
-    others = torch.ones(EDGES.tokens, dtype=torch.bool)
+    start, end = plain_backend.edges.cu_seqlens().tolist()[2:4]  # the sequence of 128
+    others = torch.ones(plain_backend.edges.tokens, dtype=torch.bool)
     others[start:end] = False
-    for _, rounded, grad, *_ in expected(spec.op.name, EDGES, dtype, plain_backend.device):
+    for _, rounded, grad, *_ in expected(spec.op.name, plain_backend.edges, dtype, plain_backend.device):
         poisoned = grad.clone()
         poisoned[start:end] = torch.nan
         before, after = (gradients(spec, rounded, g, plain_backend) for g in (grad, poisoned))

@@ -13,11 +13,11 @@ from fastbert import ops
 from fastbert.ops import dropout
 from tests.ops import philox
 from tests.ops.cases import ADD_LAYER_NORM, ATTENTION, CASES, DEVICES, DTYPES, EMBED_LAYER_NORM, NO_TOKENS, cast
-from tests.ops.common import EDGES, Backend, backends_of
+from tests.ops.common import EDGES, Backend, backends_of, names_here
 from tests.ops.gradients import gradients, upstream
 
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 123456789 * 2**32 + 5)
-BACKENDS = [Backend(b.name, device) for device in DEVICES for b in ops.dropout_bits.order(device)]
+BACKENDS = [Backend(name, device) for device in DEVICES for name in names_here(ops.dropout_bits, device)]
 backends = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 HIDDEN = {"add_layer_norm": ADD_LAYER_NORM, "embed_layer_norm": EMBED_LAYER_NORM}

@@ -214,10 +214,11 @@ def assert_bits(batch: Batch) -> None:
     expected = torch.zeros(batch.rows * batch.columns, 3)
     expected[indices] = x
     cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+    order = torch.tensor(sorted(range(len(real)), key=lambda i: -sum(real[i])), dtype=torch.int32)
     longest = max(map(sum, real), default=0)
     for device in DEVICES:
         for op, arguments, want in (
-            (ops.unpad, (mask,), (torch.tensor(indices, dtype=torch.int64), cu_seqlens)),
+            (ops.unpad, (mask,), (torch.tensor(indices, dtype=torch.int64), cu_seqlens, order)),
             (ops.pad, (laid_out(x, batch.layout if batch.layout != "expanded" else ""), torch.tensor(indices).long(),
                        batch.rows, batch.columns), (expected.view(batch.rows, batch.columns, 3),)),
             (ops.dropout_bits, (torch.tensor(batch.seed), 5, cu_seqlens, len(indices), longest, 2, 0.3),

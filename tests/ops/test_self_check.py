@@ -85,11 +85,11 @@ def packed(run, *places):
     return lambda *a: run(*(ops.pack_weight(x) if i in places else x for i, x in enumerate(a)))
 
 
-def padded(qkv, bounds, longest, scale, bits=None, p=0.0):
+def padded(qkv, bounds, longest, scale, bits=None, p=0.0, order=None, classes=()):
     return builtins.attention_padded(qkv, bounds, longest, scale, bits, p)
 
 
-def padded_backward(grad, qkv, out, lse, bounds, longest, scale, bits, p):
+def padded_backward(grad, qkv, out, lse, bounds, longest, scale, bits, p, order, classes):
     return builtins.attention_padded_backward(grad, qkv, bounds, longest, scale, bits, p)
 
 
@@ -185,9 +185,9 @@ def test_wrong_in_one_dtype_only(plant, caplog):
 
 
 def without_empty_rows(mask, tokens=-1):
-    indices, bounds = builtins.unpad(mask, tokens)
+    indices, bounds, order = builtins.unpad(mask, tokens)
     keep = torch.cat([torch.ones(1, dtype=torch.bool), bounds.diff() > 0])
-    return indices, torch.where(keep, bounds, bounds + 1)
+    return indices, torch.where(keep, bounds, bounds + 1), order
 
 
 def test_wrong_only_at_an_empty_row(plant, caplog):
@@ -290,7 +290,7 @@ def test_explain_and_doctor_tell_a_failure(plant):
     assert f"linear: torch (not cpu: it failed its self-check in float32 on {CARD}: y is off" in str(
         fastbert.explain(model)
     )
-    lines = [line for line in doctor.kernels() if line["kernel"] == "linear"]
+    lines = [line for line in doctor.kernels() if (line["kernel"], line["backend"]) == ("linear", "cpu")]
     assert {(line["dtype"], line["state"]) for line in lines} == {
         (name, "failed") for name in ("float32", "bfloat16", "float16")
     }
@@ -310,13 +310,19 @@ def test_explain_and_doctor_tell_a_check_and_a_record(plant, monkeypatch):
     _, model = pair("BertModel", "bert")
     plant(ops.linear, builtins.linear)
     assert "  linear: cpu, self-check passed\n" in str(fastbert.explain(model))
-    states = {line["state"]: line for line in doctor.kernels() if line["kernel"] == "linear"}
+    states = {
+        line["state"]: line for line in doctor.kernels() if (line["kernel"], line["backend"]) == ("linear", "cpu")
+    }
     assert states["checked"]["words"] == "self-check passed"
     assert states["checked"]["card"] == CARD
     monkeypatch.setattr(proven, "records", lambda: (record_of_linear(),))
     monkeypatch.setattr(proven, "running", lambda kernel, backend: "those of now")
     assert f"  linear: cpu, proven on {CARD}: record of 2026-01-02, commit 0123abcd\n" in str(fastbert.explain(model))
-    lines = {line["dtype"]: line["state"] for line in doctor.kernels() if line["kernel"] == "linear"}
+    lines = {
+        line["dtype"]: line["state"]
+        for line in doctor.kernels()
+        if (line["kernel"], line["backend"]) == ("linear", "cpu")
+    }
     assert lines == {"float32": "proven", "bfloat16": "checked", "float16": "checked"}
 
 

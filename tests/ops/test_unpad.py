@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from fastbert import layers, native, ops
 from tests.ops.cases import CASES, DEVICES, NO_TOKENS
+from tests.ops.common import names_here
 
 
 def right_padded(lengths):
@@ -22,7 +25,7 @@ MASKS = {str(case): right_padded(case.lengths) for case in CASES} | {
     "wide": right_padded((5000, 1, 4097)),
     str(NO_TOKENS): torch.zeros(2, 4, dtype=torch.bool),
 }
-BACKENDS = [(b.name, device) for device in DEVICES for b in ops.unpad.order(device)]
+BACKENDS = [(name, device) for device in DEVICES for name in names_here(ops.unpad, device)]
 
 
 def run(backend, mask):
@@ -30,20 +33,18 @@ def run(backend, mask):
     if name in ("cpu", "cuda") and (reasons := native.refuse(device)):
         pytest.skip("; ".join(reasons))
     with ops.use_backend(name):
-        indices, cu_seqlens = ops.unpad(mask.to(device))
-    assert (indices.dtype, cu_seqlens.dtype) == (torch.int64, torch.int32)
-    assert indices.device.type == cu_seqlens.device.type == device
-    return indices.tolist(), cu_seqlens.tolist()
+        found = ops.unpad(mask.to(device))
+    assert [x.dtype for x in found] == [torch.int64, torch.int32, torch.int32]
+    assert {x.device.type for x in found} == {device}
+    return tuple(x.tolist() for x in found)
 
 
 def by_hand(mask):
     rows = mask.tolist()
     width = mask.shape[1]
     indices = [i * width + j for i, row in enumerate(rows) for j, real in enumerate(row) if real]
-    starts = [0]
-    for row in rows:
-        starts.append(starts[-1] + sum(row))
-    return indices, starts
+    lengths = [sum(row) for row in rows]
+    return indices, [0, *itertools.accumulate(lengths)], sorted(range(len(rows)), key=lambda i: -lengths[i])
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
@@ -68,7 +69,7 @@ def test_nonzero_is_real_in_any_dtype(dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
 def test_negative_zero_is_padding_and_nan_is_real(backend):
-    assert run(backend, torch.tensor([[1.0, -0.0, torch.nan, 0.0]])) == ([0, 2], [0, 2])
+    assert run(backend, torch.tensor([[1.0, -0.0, torch.nan, 0.0]])) == ([0, 2], [0, 2], [0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
@@ -100,6 +101,13 @@ def test_one_read_tells_the_host_everything():
     """What a GPU's host reads of a mask at once, and the indices that it then makes without waiting."""
     for first in (0, 3):
         mask = torch.tensor([[1, 1, 1, 0], [first, 0, 2, 0], [1, 0, 0, 0]])
-        indices, _ = by_hand(mask)
-        assert layers.measure(mask) == (len(indices), 3, bool(first))
+        indices, *_ = by_hand(mask)
+        assert layers.measure(mask) == (len(indices), 3, bool(first), (3, 0, 0, 0, 0))
         assert ops.unpad.backends["torch"].run(mask, len(indices))[0].tolist() == indices
+
+
+def test_rows_are_counted_by_class_of_length():
+    lengths = (0, 64, 65, 128, 129, 256, 257, 512, 513, 3, 600)
+    tokens, longest, _, classes = layers.measure(right_padded(lengths))
+    assert (tokens, longest) == (sum(lengths), 600)
+    assert classes == (3, 2, 2, 2, 2)
