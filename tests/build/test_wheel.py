@@ -44,7 +44,9 @@ def unpacked_wheel(source: Path, to: Path, **variables: str) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """All but what Python compiled where a test ran it inside the folder."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {str(path) for path in found if "__pycache__" not in path.parts}
 
 
 def check_contents(site: Path, source: Path) -> None:
@@ -110,7 +112,7 @@ def test_nvcc_that_fails(setup_py: ModuleType, tmp_path: Path, compiler: str, mo
 
 
 def test_an_sdist_holds_every_source(source: Path, tmp_path: Path) -> None:
-    shutil.copytree(source, tmp_path / "tree")
+    shutil.copytree(source, tmp_path / "tree", ignore=shutil.ignore_patterns("__pycache__"))
     name = python("-c", BUILD_SDIST, cwd=tmp_path / "tree").splitlines()[-1]
     with tarfile.open(tmp_path / name) as archive:
         held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
