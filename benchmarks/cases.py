@@ -216,6 +216,9 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
             call = make()
             if call.op in ("linear_gelu", "feed_forward"):
                 call = dataclasses.replace(call, arguments=(*call.arguments, "none", True))
+            if call.op == "attention":  # its bias gets a gradient too
+                bias = randn(*call.arguments[0].shape[1:])
+                call = dataclasses.replace(call, arguments=(*call.arguments, None, 0.0, None, (), bias))
             flops = call.flops * 5 // 2 if call.op == "attention" else 2 * call.flops
             return backward_call(call, flops, lambda y: randn(*y.shape))
 

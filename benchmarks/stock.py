@@ -109,9 +109,14 @@ def keep_scale(p: float) -> float:
 
 
 def attention(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
-) -> Tensor:
-    """SDPA on the padded batch with HuggingFace's mask, dropout by given bits; real rows [T, N, D] are returned."""
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
+    order: Tensor | None = None, classes: Sequence[int] = (), bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """SDPA on the padded batch with HuggingFace's mask, dropout by given bits; real rows [T, N, D] are returned.
+
+    bias [3, N, D]: what qkv holds already; it gets the gradient that the bias of qkv's product gets.
+    """
+    qkv = qkv if bias is None else qkv + (bias - bias.detach())
     (query, key, value), mask, real = padded(qkv, cu_seqlens, max_seqlen)
     if keep_bits is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)[real]
@@ -125,13 +130,14 @@ def attention(
 
 
 def attention_and_lse(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
+    order: Tensor | None = None, classes: Sequence[int] = (), bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """attention, and lse [N, T] from scores in the tested dtype."""
     (query, key, _), mask, real = padded(qkv, cu_seqlens, max_seqlen)
     scores = (query @ key.transpose(2, 3) * scale).to(torch.promote_types(qkv.dtype, torch.float32))
     lse = scores.masked_fill(~mask, -torch.inf).logsumexp(3).transpose(1, 2)[real].T
-    return attention(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p), lse
+    return attention(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p, order, classes, bias), lse
 
 
 def add_layer_norm(

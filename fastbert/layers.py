@@ -5,6 +5,7 @@ T real tokens, H hidden size, N heads, D head dim, I intermediate size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
@@ -144,11 +145,21 @@ class LayerWeights:
 
 def attend(x: Tensor, weights: LayerWeights, packing: Packing, seed: Tensor | None) -> Tensor:
     """x [T, H] → self-attention with its output projection [T, H], before dropout, residual and LayerNorm."""
-    qkv = weights.qkv(x).unflatten(1, (3, weights.heads, -1))  # type: ignore[no-untyped-call]  # [T, 3, N, D]
+    product, bias = without_gradient(weights.qkv)
+    heads = (3, weights.heads, -1)
+    qkv = product(x).unflatten(1, heads)  # type: ignore[no-untyped-call]  # [T, 3, N, D]
     bits, p = keep_bits(weights, packing, x.shape[0], seed)
-    work = packing.order, packing.classes
-    out, _ = ops.attention(qkv, packing.cu_seqlens, packing.max_seqlen, weights.scale, bits, p, *work)
+    rest = packing.order, packing.classes, bias if bias is None else bias.unflatten(0, heads)  # type: ignore[no-untyped-call]
+    out, _ = ops.attention(qkv, packing.cu_seqlens, packing.max_seqlen, weights.scale, bits, p, *rest)
     return weights.out(out.flatten(1))
+
+
+def without_gradient(product: Product) -> tuple[Product, Tensor | None]:
+    """The product with a bias that gets no gradient, and that bias if it is to get one: the op behind gives it."""
+    bias = product.bias
+    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        return product, None
+    return dataclasses.replace(product, bias=bias.detach()), bias
 
 
 def feed_forward(x: Tensor, weights: LayerWeights) -> Tensor:

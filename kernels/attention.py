@@ -6,6 +6,7 @@ Sequences are launched by classes of lengths. T tokens, B sequences, N heads, D 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cards import Card, card_of, device_reasons, dtype_reasons, precision_of
+from .linear import sum_of_rows
 
 CLASSES = (64, 128, 256, 512)  # the longest sequence of each length class; a last class holds longer ones
 LARGEST_DIM = 128
@@ -157,6 +159,16 @@ def delta_of(out, dout):
     return tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
 
 
+@triton.jit
+def store_sum(PARTS, place, heads, head, tile, D: tl.constexpr, PADDED: tl.constexpr):
+    """The sum over the rows of a tile → PARTS [2 P, N, D] at a place: a program's share of dq's sum, then of dv's.
+
+    All rows of dv together have a row of dout as often as its row of P, as dropout left it, sums up to.
+    """
+    dims = tl.arange(0, PADDED)
+    tl.store(PARTS + (heads.to(tl.int64) * place + head) * D + dims, tl.sum(tile.to(tl.float32), 0), mask=dims < D)
+
+
 VARYING = ["first", "blocks", "heads", "tokens", "width"]
 
 
@@ -240,7 +252,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["first", "heads", "tokens", "width"])
 def one_pass_kernel(
-    GRAD, QKV, OUT, LSE, DQKV, CU, ORDER, BITS, first, heads, tokens, width, scale, keep_scale,
+    GRAD, QKV, OUT, LSE, DQKV, PARTS, CU, ORDER, BITS, first, heads, tokens, width, scale, keep_scale,
     D: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -261,7 +273,9 @@ def one_pass_kernel(
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :]
     query = load_tile(queries_at, stride, length, BLOCK_M, D, PADDED)
     dout = load_tile(GRAD + out_at, part, length, BLOCK_M, D, PADDED)
-    delta = tl.zeros([BLOCK_M], tl.float32)
+    if PARTS is not None and not DROPOUT:
+        store_sum(PARTS, pair // heads * 2 + 1, heads, head, dout, D, PADDED)
+    delta, mass = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if BLOCK_N < BLOCK_M:
         delta = delta_of(load_tile(OUT + out_at, part, length, BLOCK_M, D, PADDED), dout)
     lse = tl.load(LSE + row + rows, mask=rows < length, other=0.0)[:, None]
@@ -282,6 +296,8 @@ def one_pass_kernel(
             keep = kept(bits, width, rows, length, keys, length - j, BLOCK_N // 32)
             dropped = tl.where(keep, probabilities, 0.0)
             dprobabilities = tl.where(keep, dprobabilities * keep_scale, 0.0)
+            if PARTS is not None:
+                mass += tl.sum(dropped, 1) * keep_scale
         dvalue = tl.dot(dropped.to(dout.dtype).T, dout, input_precision=PRECISION) * keep_scale
         store_tile(dqueries_at + key_at + part, stride, length - j, dvalue, BLOCK_N, D, PADDED)
         if BLOCK_N >= BLOCK_M:
@@ -291,11 +307,15 @@ def one_pass_kernel(
         store_tile(dqueries_at + key_at, stride, length - j, dkey, BLOCK_N, D, PADDED)
         dquery = tl.dot(dscores, key, dquery, input_precision=PRECISION)
     store_tile(dqueries_at, stride, length, dquery * scale, BLOCK_M, D, PADDED)
+    if PARTS is not None:
+        store_sum(PARTS, pair // heads * 2, heads, head, dquery * scale, D, PADDED)
+        if DROPOUT:
+            store_sum(PARTS, pair // heads * 2 + 1, heads, head, dout.to(tl.float32) * mass[:, None], D, PADDED)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def dq_kernel(
-    GRAD, QKV, OUT, LSE, DELTA, DQKV, CU, ORDER, BITS, first, blocks, heads, tokens, width, scale, keep_scale,
+    GRAD, QKV, OUT, LSE, DELTA, DQKV, PARTS, CU, ORDER, BITS, first, blocks, heads, tokens, width, scale, keep_scale,
     D: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -313,11 +333,15 @@ def dq_kernel(
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :]
     query = load_tile(keys_at - part + i * far, stride, length - i, BLOCK_M, D, PADDED)
     dout = load_tile(GRAD + out_at, part, length - i, BLOCK_M, D, PADDED)
+    place = (pair // heads * blocks + i // BLOCK_M) * 2
+    if PARTS is not None and not DROPOUT:
+        store_sum(PARTS, place + 1, heads, head, dout, D, PADDED)
     delta = delta_of(load_tile(OUT + out_at, part, length - i, BLOCK_M, D, PADDED), dout)
     tl.store(DELTA + row + rows, delta, mask=rows < length - i)
     lse = tl.load(LSE + row + rows, mask=rows < length - i, other=0.0)[:, None]
     dquery = tl.zeros([BLOCK_M, PADDED], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)  # 1, but for the rounding of lse
+    mass = tl.zeros([BLOCK_M], tl.float32)
     for j in range(0, length, BLOCK_N):
         key_at = keys_at + j * far
         key = load_tile(key_at, stride, length - j, BLOCK_N, D, PADDED)
@@ -332,6 +356,8 @@ def dq_kernel(
             bits = BITS + row * width + j // 32
             keep = kept(bits, width, rows, length - i, keys, length - j, BLOCK_N // 32)
             dprobabilities = tl.where(keep, dprobabilities * keep_scale, 0.0)
+            if PARTS is not None:
+                mass += tl.sum(tl.where(keep, probabilities, 0.0), 1) * keep_scale
         dscores = (probabilities * (dprobabilities - delta[:, None])).to(query.dtype)
         dquery = tl.dot(dscores, key, dquery, input_precision=PRECISION)
     if query.dtype == tl.float32:
@@ -339,6 +365,10 @@ def dq_kernel(
         tl.store(DELTA + heads.to(tl.int64) * tokens + row + rows, 1 / total, mask=rows < length - i)
     dquery_at = DQKV + (start + i) * far + head * D
     store_tile(dquery_at, stride, length - i, dquery * scale, BLOCK_M, D, PADDED)
+    if PARTS is not None:
+        store_sum(PARTS, place, heads, head, dquery * scale, D, PADDED)
+        if DROPOUT:
+            store_sum(PARTS, place + 1, heads, head, dout.to(tl.float32) * mass[:, None], D, PADDED)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -391,7 +421,7 @@ def dkdv_kernel(
 
 def attention_reasons(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
-    order: Tensor | None = None, classes: Sequence[int] = (),
+    order: Tensor | None = None, classes: Sequence[int] = (), bias: Tensor | None = None,
 ) -> list[str]:  # fmt: skip
     """Why the kernels do not take the call, in words; empty: they do."""
     reasons = device_reasons(qkv.device) + dtype_reasons(qkv=qkv)
@@ -404,7 +434,7 @@ def attention_reasons(
 
 def attention_backward_reasons(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float, order: Tensor | None = None, classes: Sequence[int] = (),
+    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int], needed: list[bool],
 ) -> list[str]:  # fmt: skip
     """Why the kernels do not take the call, in words; empty: they do."""
     reasons = attention_reasons(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p, order, classes)
@@ -447,7 +477,7 @@ def constants(tiles: Tiles, dim: int, keep_bits: Tensor | None, dtype: torch.dty
 
 def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
-    order: Tensor | None = None, classes: Sequence[int] = (),
+    order: Tensor | None = None, classes: Sequence[int] = (), bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """qkv [T, 3, N, D], keep_bits [N, T, W] → out [T, N, D], lse [N, T] fp32.
 
@@ -472,29 +502,51 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
+def blocks_of_queries(longest: int, tiles: BackwardTiles) -> int:
+    """How many programs share the queries of a sequence and head, at most."""
+    return triton.cdiv(longest, tiles.dq.block_m) if tiles.dq else 1
+
+
+def part_sums(qkv: Tensor, programs: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Zeros [P, 2, N, D] for the programs of each launch, and each launch's first row on, at bounds of 16 bytes."""
+    starts = [0, *itertools.accumulate(triton.cdiv(count, 4) * 4 for count in programs)]
+    parts = qkv.new_zeros(starts[-1], 2, *qkv.shape[2:], dtype=torch.float32)
+    return parts, [parts[start:] for start in starts[:-1]]
+
+
 def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float, order: Tensor | None = None, classes: Sequence[int] = (),
-) -> Tensor:  # fmt: skip
-    """grad, out [T, N, D], lse [N, T] → dqkv [T, 3, N, D]."""
+    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int], needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """grad, out [T, N, D], lse [N, T] → dqkv [T, 3, N, D], and its sum over T [3, N, D].
+
+    That of the keys is 0: a number added to all scores of a row does not change its softmax.
+    """
     tokens, _, heads, dim = qkv.shape
-    dqkv = qkv.new_empty(qkv.shape)
-    delta = lse.new_empty(2 if qkv.dtype == torch.float32 else 1, heads, tokens)
+    dqkv, dbias = qkv.new_empty(qkv.shape), qkv.new_zeros(qkv.shape[1:] if needed[1] else 0)
     if dqkv.numel() == 0:
-        return dqkv
+        return dqkv if needed[0] else qkv.new_empty(0), dbias
+    delta = lse.new_empty(2 if qkv.dtype == torch.float32 else 1, heads, tokens)
     grad, qkv, out, lse, cu_seqlens, keep_bits, order = dense(grad, qkv, out, lse, cu_seqlens, keep_bits, order)
     sizes, floats = (heads, tokens, width_of(keep_bits)), (scale, keep_scale(p))
-    for first, count, longest in launches(cu_seqlens.shape[0] - 1, max_seqlen, classes):
-        chosen = choose_backward_tiles(longest, dim, qkv.dtype, card_of(qkv.device), precision_of(qkv.dtype))
+    card, precision = card_of(qkv.device), precision_of(qkv.dtype)
+    work = [
+        (first, count, longest, choose_backward_tiles(longest, dim, qkv.dtype, card, precision))
+        for first, count, longest in launches(cu_seqlens.shape[0] - 1, max_seqlen, classes)
+    ]
+    parts, places = None, [None] * len(work)
+    if needed[1] and qkv.dtype != torch.float32:  # whose kernels have no registers left for sums
+        parts, places = part_sums(qkv, [count * blocks_of_queries(longest, tiles) for _, count, longest, tiles in work])
+    for (first, count, longest, chosen), sums in zip(work, places, strict=True):
         where = cu_seqlens, order, keep_bits, first
         if tiles := chosen.one_pass:
             one_pass_kernel[(heads * count,)](
-                grad, qkv, out, lse, dqkv, *where, *sizes, *floats, **constants(tiles, dim, keep_bits, qkv.dtype)
+                grad, qkv, out, lse, dqkv, sums, *where, *sizes, *floats, **constants(tiles, dim, keep_bits, qkv.dtype)
             )
         if tiles := chosen.dq:
             blocks = triton.cdiv(longest, tiles.block_m)
             dq_kernel[(blocks * heads * count,)](
-                grad, qkv, out, lse, delta, dqkv, *where, blocks, *sizes, *floats,
+                grad, qkv, out, lse, delta, dqkv, sums, *where, blocks, *sizes, *floats,
                 **constants(tiles, dim, keep_bits, qkv.dtype),
             )  # fmt: skip
         if tiles := chosen.dkdv:
@@ -503,4 +555,7 @@ def attention_backward(
                 grad, qkv, lse, delta, dqkv, *where, blocks, *sizes, *floats,
                 **constants(tiles, dim, keep_bits, qkv.dtype),
             )  # fmt: skip
-    return dqkv
+    if needed[1]:
+        sums = sum_of_rows(dqkv[:, 0::2].flatten(1) if parts is None else parts.flatten(1), qkv.dtype)
+        dbias[0::2] = sums.view(2, heads, dim)
+    return dqkv if needed[0] else qkv.new_empty(0), dbias

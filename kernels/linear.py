@@ -321,10 +321,10 @@ def share_of_rows(tokens: int, across: int, rows: int, card: Card) -> int:
     return triton.cdiv(triton.cdiv(tokens, down), rows) * rows
 
 
-def sum_of_rows(x: Tensor) -> Tensor:
-    """x [T, N] → its sums over T in x's dtype, from partial sums in fp32."""
+def sum_of_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x [T, N] → its sums over T in x's dtype or another one, from partial sums in fp32."""
     tokens, columns = x.shape
-    out = x.new_empty(columns) if tokens else x.new_zeros(columns)
+    out = x.new_empty(columns, dtype=dtype) if tokens else x.new_zeros(columns, dtype=dtype)
     if not tokens or not columns:
         return out
     share = share_of_rows(tokens, triton.cdiv(columns, SUMMED[1]), SUMMED[0], card_of(x.device))

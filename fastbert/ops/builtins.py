@@ -129,7 +129,7 @@ def dropout_bits(
 
 def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
-    order: Tensor | None = None, classes: Sequence[int] = (),
+    order: Tensor | None = None, classes: Sequence[int] = (), bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if keep_bits is None and not refuse_varlen(qkv):
         query, key, value = qkv.unbind(1)
@@ -164,10 +164,21 @@ def refuse_varlen(qkv: Tensor) -> list[str]:
 
 def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float, order: Tensor | None = None, classes: Sequence[int] = (),
-) -> Tensor:  # fmt: skip
+    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int], needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     if qkv.device.type != "cpu":
-        return attention_padded_backward(grad, qkv, cu_seqlens, max_seqlen, scale, keep_bits, p)
+        dqkv = attention_padded_backward(grad, qkv, cu_seqlens, max_seqlen, scale, keep_bits, p)
+    else:
+        dqkv = attention_runs_backward(grad, qkv, out, lse, cu_seqlens, scale, keep_bits, p)
+    empty = qkv.new_empty(0)
+    return dqkv if needed[0] else empty, dqkv.sum(0) if needed[1] else empty.clone()
+
+
+def attention_runs_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, keep_bits: Tensor | None,
+    p: float,
+) -> Tensor:  # fmt: skip
+    """Neighbours of equal length together, on a CPU."""
     heads, dim = qkv.shape[2:]
     dqkv = qkv.new_empty(qkv.shape)
     qkv, grad = qkv.contiguous(), grad.contiguous()

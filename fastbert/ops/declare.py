@@ -254,12 +254,15 @@ dropout_bits = declare(
 
 def check_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
-    order: Tensor | None = None, classes: Sequence[int] = (),
+    order: Tensor | None = None, classes: Sequence[int] = (), bias: Tensor | None = None,
 ) -> list[str]:  # fmt: skip
     reasons = shape_reasons(qkv=(qkv, (None, 3, None, None)), cu_seqlens=(cu_seqlens, (None,)))
     if not reasons:
         words = (max_seqlen + 31) // 32
         reasons += shape_reasons(keep_bits=(keep_bits, (qkv.shape[2], qkv.shape[0], words)))
+        reasons += shape_reasons(bias=(bias, tuple(qkv.shape[1:])))
+    if bias is not None and bias.dtype != qkv.dtype:
+        reasons.append(f"qkv is {qkv.dtype} and bias is {bias.dtype}")
     if cu_seqlens.dtype != torch.int32:
         reasons.append(f"cu_seqlens is {cu_seqlens.dtype}, expected int32")
     return reasons + dropout_reasons(p, keep_bits, "keep_bits") + order_reasons(order, classes, cu_seqlens)
@@ -282,7 +285,7 @@ def order_reasons(order: Tensor | None, classes: Sequence[int], cu_seqlens: Tens
 
 def fake_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
-    order: Tensor | None = None, classes: Sequence[int] = (),
+    order: Tensor | None = None, classes: Sequence[int] = (), bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens, _, heads, dim = qkv.shape
     return qkv.new_empty(tokens, heads, dim), qkv.new_empty(heads, tokens, dtype=statistics_dtype(qkv))
@@ -290,7 +293,7 @@ def fake_attention(
 
 def check_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int],
+    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int], needed: list[bool],
 ) -> list[str]:  # fmt: skip
     if reasons := check_attention(qkv, cu_seqlens, max_seqlen, scale, keep_bits, p, order, classes):
         return reasons
@@ -301,15 +304,16 @@ def check_attention_backward(
 
 def fake_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int],
-) -> Tensor:  # fmt: skip
-    return qkv.new_empty(qkv.shape)
+    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int], needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return like_needed(needed, qkv, qkv.new_empty(qkv.shape[1:]))
 
 
 attention_backward = declare(
     "attention_backward",
     "(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, float scale,"
-    " Tensor? keep_bits, float p, Tensor? order, int[] classes) -> Tensor qkv_grad",
+    " Tensor? keep_bits, float p, Tensor? order, int[] classes, bool[] needed)"
+    " -> (Tensor qkv_grad, Tensor bias_grad)",
     fake_attention_backward,
     check_attention_backward,
 )
@@ -317,10 +321,10 @@ attention_backward = declare(
 attention = declare(
     "attention",
     "(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, Tensor? keep_bits=None, float p=0.0,"
-    " Tensor? order=None, int[] classes=[]) -> (Tensor out, Tensor lse)",
+    " Tensor? order=None, int[] classes=[], Tensor? bias=None) -> (Tensor out, Tensor lse)",
     fake_attention,
     check_attention,
-    Gradient(attention_backward, of=("qkv",)),
+    Gradient(attention_backward, of=("qkv", "bias")),
 )
 
 # add_layer_norm

@@ -148,17 +148,18 @@ def keep_mask(keep_bits: Tensor, length: int) -> Tensor:
 
 def attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, keep_bits: Tensor | None = None, p: float = 0.0,
-    order: Tensor | None = None, classes: Sequence[int] = (),
+    order: Tensor | None = None, classes: Sequence[int] = (), bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """qkv [T, 3, N, D] → out [T, N, D], lse [N, T]: softmax(q·kᵀ·scale)·v inside each sequence, no causal mask.
 
     order [B], classes: the sequences longest first, and how many there are in each class of lengths, by which a kernel
-    may divide its work; what comes out does not depend on them.
+    may divide its work; what comes out does not depend on them. bias [3, N, D]: what every row of qkv holds already,
+    given for its gradient alone, the sum of the rows' gradients.
     """
     out, lse = torch.empty_like(qkv[:, 0]), qkv.new_empty(qkv.shape[2], qkv.shape[0], dtype=statistics_dtype(qkv))
-    bounds = cu_seqlens.tolist()
-    for start, end in itertools.pairwise(bounds):
-        query, key, value = up(qkv[start:end]).permute(1, 2, 0, 3)  # [N, L, D]
+    wide = up(qkv) if bias is None else up(qkv) + (up(bias) - up(bias).detach())
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        query, key, value = wide[start:end].permute(1, 2, 0, 3)  # [N, L, D]
         scores = query @ key.transpose(1, 2) * scale  # [N, L, L]
         lse[:, start:end] = scores.logsumexp(2)
         probabilities = scores.softmax(2)
@@ -170,10 +171,10 @@ def attention(
 
 def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-    keep_bits: Tensor | None, p: float, order: Tensor | None = None, classes: Sequence[int] = (),
-) -> Tensor:  # fmt: skip
-    """grad, out [T, N, D], lse [N, T] → dqkv [T, 3, N, D] (Dao et al. 2022, "FlashAttention", algorithm 4)."""
-    dqkv = torch.empty_like(qkv)
+    keep_bits: Tensor | None, p: float, order: Tensor | None, classes: Sequence[int], needed: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """grad, out [T, N, D], lse [N, T] → dqkv [T, 3, N, D] (Dao et al. 2022, "FlashAttention", algorithm 4), dbias."""
+    dqkv = torch.empty_like(up(qkv))
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         query, key, value = up(qkv[start:end]).permute(1, 2, 0, 3)  # [N, L, D]
         dout, o = (up(x[start:end]).transpose(0, 1) for x in (grad, out))
@@ -183,8 +184,8 @@ def attention_backward(
             kept = up(keep_mask(keep_bits[:, start:end], end - start)) * keep_scale(p)
         dscores = probabilities * (dout @ value.mT * kept - (dout * o).sum(2, keepdim=True)) * scale
         parts = dscores @ key, dscores.mT @ query, (probabilities * kept).mT @ dout
-        dqkv[start:end] = torch.stack(parts).permute(2, 0, 1, 3).to(qkv.dtype)
-    return dqkv
+        dqkv[start:end] = torch.stack(parts).permute(2, 0, 1, 3)
+    return only(needed, dqkv.to(qkv.dtype), dqkv.sum(0).to(qkv.dtype))
 
 
 def add_layer_norm(

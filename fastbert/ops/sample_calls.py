@@ -156,8 +156,9 @@ def attention(draw: Draw) -> Calls:
     peaked[:, 0] *= 2  # with more a backward from a rounded lse is as much off as an error
     yield "scores of size 2", (peaked, draw.bounds(), longest, scale)
     bits = reference.dropout_bits(draw.seed(), 0, draw.bounds(), sizes.tokens, longest, sizes.heads, p)
-    yield "dropout", (qkv, draw.bounds(), longest, scale, bits, p)
-    yield "longest first", (qkv, draw.bounds(), longest, scale, None, 0.0, *draw.work())
+    bias = draw.normal(*qkv.shape[1:], scale=0.1)
+    yield "longest first, a bias", (qkv, draw.bounds(), longest, scale, None, 0.0, *draw.work(), bias)
+    yield "the same with dropout", (qkv, draw.bounds(), longest, scale, bits, p, *draw.work(), bias)
 
 
 def add_layer_norm(draw: Draw) -> Calls:

@@ -633,7 +633,8 @@ def test_verdict_passes_what_is_right(op, dtype):
     ("op", "output"),
     [("attention", "out"), ("attention", "lse"), ("add_layer_norm", "y"), ("add_layer_norm", "mean"),
      ("add_layer_norm", "rstd"), ("linear", "y"), ("unpad", "indices"), ("unpad", "cu_seqlens"), ("unpad", "order"),
-     ("dropout_bits", "bits"), ("attention_backward", "qkv_grad"), ("pad_backward", "x"),
+     ("dropout_bits", "bits"), ("pad_backward", "x"),
+     *(("attention_backward", f"{name}_grad") for name in ("qkv", "bias")),
      *(("linear_backward", f"{name}_grad") for name in ("x", "weight", "bias")),
      *(("add_layer_norm_backward", f"{name}_grad") for name in ("x", "bias", "residual", "gamma", "beta"))],
 )  # fmt: skip

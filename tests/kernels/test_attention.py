@@ -38,10 +38,12 @@ def call(lengths, heads, dim, dtype, kind=""):
     bits = philox.bits(SEED, 0, cu_seqlens, max(lengths), heads, p) if p else None
     arguments = qkv, cu_seqlens, max(lengths), dim**-0.5, bits, p
     out, lse = reference.attention(qkv.double(), *arguments[1:])
-    dqkv = reference.attention_backward(grad.double(), qkv.double(), out, lse, *arguments[1:])
-    base = *stock.attention_and_lse(*arguments), stock.gradients(stock.attention, arguments, (0,), grad)[0]
-    names = "out", "lse", "dqkv"
-    return arguments, grad, dict(zip(names, (out, lse, dqkv), strict=True)), dict(zip(names, base, strict=True))
+    both = [True, True]
+    found = reference.attention_backward(grad.double(), qkv.double(), out, lse, *arguments[1:], None, (), both)
+    with_bias = *arguments, None, (), torch.zeros_like(qkv[0])
+    base = *stock.attention_and_lse(*arguments), *stock.gradients(stock.attention, with_bias, (0, 8), grad)
+    names = "out", "lse", "dqkv", "dbias"
+    return arguments, grad, dict(zip(names, (out, lse, *found), strict=True)), dict(zip(names, base, strict=True))
 
 
 def classes_of(lengths):
@@ -54,8 +56,8 @@ def classes_of(lengths):
 def run(arguments, grad, order=None, classes=(), module=kernels):
     out, lse = module.attention(*arguments, order, classes)
     qkv, *rest = arguments
-    dqkv = module.attention_backward(grad, qkv, out, lse, *rest, order, classes)
-    return {"out": out, "lse": lse, "dqkv": dqkv}
+    dqkv, dbias = module.attention_backward(grad, qkv, out, lse, *rest, order, classes, [True, True])
+    return {"out": out, "lse": lse, "dqkv": dqkv, "dbias": dbias}
 
 
 def judged(parity, lengths, heads, dim, dtype, kind, card=None):
@@ -124,7 +126,8 @@ def test_refusals_in_words(changes, words):
     arguments = {"qkv": qkv, "cu_seqlens": cu_seqlens, "max_seqlen": 3, "scale": 1.0} | changes
     assert kernels.attention_reasons(**arguments) == words
     out = torch.ones(3, 2, 8).to(arguments["qkv"].dtype)
-    rest = {"grad": out, "out": out, "lse": torch.ones(2, 3), "keep_bits": None, "p": 0.0, "order": None, "classes": []}
+    rest = {"grad": out, "out": out, "lse": torch.ones(2, 3), "keep_bits": None, "p": 0.0}
+    rest |= {"order": None, "classes": [], "needed": [True, True]}
     assert kernels.attention_backward_reasons(**arguments, **rest) == words
     mixed = kernels.attention_backward_reasons(**arguments, **rest | {"grad": out.half()})
     assert mixed == [*words, f"grad is torch.float16, qkv is {arguments['qkv'].dtype}"]
@@ -226,7 +229,8 @@ def test_empty_batches():
     for lengths in ((), (0, 0)):
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         found = run((torch.empty(0, 3, 2, 16), cu_seqlens, 0, 1.0, None, 0.0), torch.empty(0, 2, 16))
-        assert [list(x.shape) for x in found.values()] == [[0, 2, 16], [2, 0], [0, 3, 2, 16]]
+        assert [list(x.shape) for x in found.values()] == [[0, 2, 16], [2, 0], [0, 3, 2, 16], [3, 2, 16]]
+    assert not found["dbias"].any()
 
 
 # Planted errors: (what stands in the file, what is put there), each in every place where it stands
@@ -248,6 +252,11 @@ PLANTED = {
     "rescaling missing": ("out * shrink[:, None]", "out"),
     "lse of unscaled scores": ("most * scale + tl.log(total)", "most + tl.log(total)"),
     "lse in base 2": ("tl.log(total)", "tl.log2(total)"),
+    "dq's sums not scaled": ("head, dquery * scale", "head, dquery"),
+    "dropout's scale missing in dv's sums": ("1) * keep_scale", "1)"),
+    "dv's sums of the last tile": ("mass += ", "mass = "),
+    "sums of the first tile for all": ("heads * blocks + i // BLOCK_M", "heads * blocks"),
+    "sums of dv where those of dq are": ("place + 1", "place"),
     "head 0 for all": ("head = pair % heads", "head = pair % 1"),
     "the order is not read": ("sequence = tl.load(ORDER + place)", "sequence = place"),
 }  # fmt: skip

@@ -123,7 +123,8 @@ def attention_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Argu
     yield "peaked", (peaked, case.cu_seqlens(), max(case.lengths), case.dim**-0.5)
     p = 0.1
     bits = philox.bits(SEED, 0, case.cu_seqlens(), max(case.lengths), case.heads, p)
-    yield "dropout", (qkv, case.cu_seqlens(), max(case.lengths), case.dim**-0.5, bits, p)
+    bias = normal(3, case.heads, case.dim, like="qkv bias", scale=0.1)
+    yield "dropout", (qkv, case.cu_seqlens(), max(case.lengths), case.dim**-0.5, bits, p, None, (), bias)
 
 
 # add_layer_norm, embed_layer_norm

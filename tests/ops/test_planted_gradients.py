@@ -54,16 +54,17 @@ def of_qkv(part: int, change: Callable[[Named], Tensor]) -> Plant:
     """Another gradient of queries (0), keys (1) or values (2)."""
 
     def plant(given: Named, run: Run) -> dict[str, Tensor]:
-        found = run()["qkv_grad"].clone()
-        found[:, part] = change(given)[:, part]
-        return {"qkv_grad": found}
+        found = run()
+        gradient = found["qkv_grad"].clone()
+        gradient[:, part] = change(given)[:, part]
+        return found | {"qkv_grad": gradient}
 
     return plant
 
 
 def attention_by_formula(given: Named, **changes: Tensor) -> Tensor:
     """dqkv as FlashAttention writes it: by `out` and `lse`, which a backend need not use."""
-    return reference.attention_backward(*(given | changes).values())
+    return reference.attention_backward(*(given | changes).values())[0]
 
 
 def normalized(given: Named) -> Tensor:
@@ -144,7 +145,9 @@ PLANTS: dict[str, dict[str, Plant]] = {
         "attention": of_qkv(2, lambda given: attention_by_formula(given, lse=given["lse"] + 0.05))
     },
     "delta (rows of dO·O) missing": {
-        "attention": lambda given, run: {"qkv_grad": attention_by_formula(given, out=torch.zeros_like(given["out"]))}
+        "attention": lambda given, run: run() | {
+            "qkv_grad": attention_by_formula(given, out=torch.zeros_like(given["out"]))
+        }
     },
     "attention dropout: mask not applied": {"attention": with_arguments(keep_bits=mask_off)},
     "attention dropout: mask of other rows": {
@@ -189,7 +192,7 @@ PLANTS: dict[str, dict[str, Plant]] = {
         "add_layer_norm": with_gradients(beta=last_row_missing),
         "embed_layer_norm": with_gradients(beta=last_row_missing),
     },
-    "dbias missing": {"add_layer_norm": zeroed("bias")},
+    "dbias missing": {"add_layer_norm": zeroed("bias"), "attention": zeroed("bias")},
     "dresidual missing": {"add_layer_norm": zeroed("residual")},
     "words: the padding row gets its gradient": {"embed_layer_norm": with_arguments(word_padding=lambda given: -1)},
     "positions: the padding row gets its gradient": {

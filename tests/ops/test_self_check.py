@@ -85,12 +85,13 @@ def packed(run, *places):
     return lambda *a: run(*(ops.pack_weight(x) if i in places else x for i, x in enumerate(a)))
 
 
-def padded(qkv, bounds, longest, scale, bits=None, p=0.0, order=None, classes=()):
+def padded(qkv, bounds, longest, scale, bits=None, p=0.0, order=None, classes=(), bias=None):
     return builtins.attention_padded(qkv, bounds, longest, scale, bits, p)
 
 
-def padded_backward(grad, qkv, out, lse, bounds, longest, scale, bits, p, order, classes):
-    return builtins.attention_padded_backward(grad, qkv, bounds, longest, scale, bits, p)
+def padded_backward(grad, qkv, out, lse, bounds, longest, scale, bits, p, order, classes, needed):
+    dqkv = builtins.attention_padded_backward(grad, qkv, bounds, longest, scale, bits, p)
+    return dqkv, dqkv.sum(0) if needed[1] else dqkv.new_empty(0)
 
 
 OTHERS = {
