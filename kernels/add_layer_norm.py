@@ -40,22 +40,30 @@ def choose_backward_tiles(hidden: int, dtype: torch.dtype, card: Card) -> Tiles:
     columns = max(8, triton.next_power_of_2(hidden))
     num_warps = min(16, max(4, columns // 256))  # 8 elements a lane, and their sums beside them
     num_stages = 3 if columns <= 2048 else 2 if columns <= 4096 else 1  # as shared memory holds tiles on their way
+    if dtype == torch.float32 and card.shared_memory < 2**17:
+        num_stages = min(num_stages, 2)
     return Tiles(max(1, 1024 // columns), columns, num_warps, num_stages, 16 // num_warps)
 
 
 @triton.jit
-def row_mean(x, H: tl.constexpr):
-    """x [ROWS, COLUMNS], zeros from column H on → [ROWS, 1]; sums of 8 in float32, of these in float64."""
-    eighths = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 2).to(tl.float64)
-    return (tl.sum(eighths, 1) * (1.0 / H)).to(tl.float32)[:, None]
+def row_mean(x, factor, H: tl.constexpr, EXACT: tl.constexpr):
+    """The mean of x · factor, a number or [ROWS, COLUMNS], zeros from column H on → [ROWS, 1].
+
+    EXACT, for fp32 inputs: rounded once; else sums of 8 in float32, of these in float64.
+    """
+    if EXACT:
+        total = tl.sum(x.to(tl.float64) * factor, 1)
+    else:
+        total = tl.sum(tl.sum(tl.reshape(x * factor, [x.shape[0], x.shape[1] // 8, 8]), 2).to(tl.float64), 1)
+    return (total * (1.0 / H)).to(tl.float32)[:, None]
 
 
 @triton.jit
-def row_statistics(x, inside, eps, H: tl.constexpr):
+def row_statistics(x, inside, eps, H: tl.constexpr, EXACT: tl.constexpr):
     """x [ROWS, COLUMNS], zeros where not inside (from column H on) → x - mean; mean and rstd [ROWS, 1]."""
-    mean = row_mean(x, H)
+    mean = row_mean(x, 1.0, H, EXACT)
     centred = tl.where(inside, x - mean, 0.0)
-    return centred, mean, reciprocal_root(row_mean(centred * centred, H) + eps)
+    return centred, mean, reciprocal_root(row_mean(centred, centred, H, EXACT) + eps)
 
 
 @triton.jit
@@ -66,14 +74,14 @@ def reciprocal_root(x):
 
 
 @triton.jit
-def row_gradients(grad, normalized, gamma, rstd, H: tl.constexpr):
+def row_gradients(grad, normalized, gamma, rstd, H: tl.constexpr, EXACT: tl.constexpr):
     """grad, normalized [ROWS, COLUMNS], grad zeros from column H on → the gradient of LayerNorm's input.
 
     Ba et al. 2016: rstd · (grad·γ - mean(grad·γ) - normalized · mean(grad·γ · normalized)).
     """
-    scaled = grad * gamma
-    projected = row_mean(scaled, H) + normalized * row_mean(scaled * normalized, H)
-    return (scaled - projected) * rstd
+    projection = row_mean(grad * gamma, normalized, H, EXACT)
+    projected = tl.fma(normalized, projection, row_mean(grad, gamma, H, EXACT))
+    return tl.fma(grad, gamma, -projected) * rstd  # rounded once where both are near to each other
 
 
 @triton.jit
@@ -108,8 +116,8 @@ def forward_kernel(
     if DROPS:
         seed = tl.load(SEED)
     total = sum_of(x, bias, residual, seed, site, rows, limit, scale, ROWS, COLUMNS, DROPS)
-    centred, mean, rstd = row_statistics(total, columns[None, :] < H, eps, H)
-    y = centred * rstd * row_of(GAMMA, columns, H) + row_of(BETA, columns, H)
+    centred, mean, rstd = row_statistics(total, columns[None, :] < H, eps, H, X.dtype.element_ty == tl.float32)
+    y = tl.fma(centred * rstd, row_of(GAMMA, columns, H), row_of(BETA, columns, H))
     tl.store(Y + places, y.to(Y.dtype.element_ty), mask=inside)
     tl.store(MEAN + rows[:, None], mean, mask=(rows < tokens)[:, None])
     tl.store(RSTD + rows[:, None], rstd, mask=(rows < tokens)[:, None])
@@ -140,7 +148,7 @@ def backward_kernel(
         rstd = tl.load(RSTD + rows, mask=rows < tokens, other=0.0)[:, None]
         total = sum_of(x, bias, residual, seed, site, rows, limit, scale, ROWS, COLUMNS, DROPS)
         normalized = (total - mean) * rstd
-        dtotal = row_gradients(grad, normalized, gamma, rstd, H)
+        dtotal = row_gradients(grad, normalized, gamma, rstd, H, X.dtype.element_ty == tl.float32)
         dgamma += grad * normalized
         dbeta += grad
         tl.store(DRESIDUAL + places, dtotal.to(DRESIDUAL.dtype.element_ty), mask=inside)

@@ -84,8 +84,9 @@ def forward_kernel(
     places = rows.to(tl.int64)[:, None] * H + columns[None, :]
     if PRE is not None:
         tl.store(PRE + places, total.to(PRE.dtype.element_ty), mask=inside)
-    centred, mean, rstd = row_statistics(tl.where(inside, total, 0.0), columns[None, :] < H, eps, H)
-    y = centred * rstd * row_of(GAMMA, columns, H) + row_of(BETA, columns, H)
+    exact: tl.constexpr = WORD_TABLE.dtype.element_ty == tl.float32
+    centred, mean, rstd = row_statistics(tl.where(inside, total, 0.0), columns[None, :] < H, eps, H, exact)
+    y = tl.fma(centred * rstd, row_of(GAMMA, columns, H), row_of(BETA, columns, H))
     if DROPS:
         y = kept(y, tl.load(SEED), site, rows, limit, scale, ROWS, COLUMNS)
     tl.store(Y + places, y.to(Y.dtype.element_ty), mask=inside)
@@ -144,7 +145,8 @@ def backward_kernel(
         mean = tl.load(MEAN + rows, mask=is_real, other=0.0)[:, None]
         rstd = tl.load(RSTD + rows, mask=is_real, other=0.0)[:, None]
         normalized = (total - mean) * rstd
-        tl.store(DX + places, row_gradients(grad, normalized, gamma, rstd, H), mask=inside)
+        dx = row_gradients(grad, normalized, gamma, rstd, H, WORD_TABLE.dtype.element_ty == tl.float32)
+        tl.store(DX + places, dx, mask=inside)
         dgamma += grad * normalized
         dbeta += grad
     store_part(PARTS, 0, program, programs, dgamma, columns, H)
