@@ -9,11 +9,15 @@
 
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "add_layer_norm.h"
 #include "unpad.h"
 
 namespace fastbert {
@@ -79,6 +83,8 @@ Tensor empty_indices(const Tensor& mask, int64_t total) {
   return empty_on_device_of(mask, total, ScalarType::Long);
 }
 
+#ifndef FASTBERT_EMULATED
+
 // mask [B, S] -> indices [T] int64, cu_seqlens [B + 1] int32
 std::tuple<Tensor, Tensor> unpad_cpu(const Tensor& mask_tensor) {
   const Mask mask = mask_of(mask_tensor);
@@ -104,8 +110,12 @@ std::tuple<Tensor, Tensor> unpad_cpu(const Tensor& mask_tensor) {
   return {indices_tensor, cu_tensor};
 }
 
+#endif
+
 }  // namespace
 }  // namespace fastbert
+
+#ifndef FASTBERT_EMULATED
 
 STABLE_TORCH_LIBRARY(fastbert_native, m) {
   m.def("unpad(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)");
@@ -115,6 +125,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m) {
   m.impl("unpad", TORCH_BOX(&fastbert::unpad_cpu));
 }
 
+#endif
+
 #ifdef FASTBERT_CUDA
 
 // Weak: torch without CUDA does not have it, and never comes here.
@@ -123,32 +135,139 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace fastbert {
 namespace {
 
-void check_cuda(const char* error) {
-  if (error != nullptr) throw std::runtime_error(std::string("unpad: CUDA says: ") + error);
-}
-
-void* current_stream(int32_t device) {
+// The device of a call: current while this lives; its stream.
+#ifdef FASTBERT_EMULATED
+struct Device {
+  explicit Device(const Tensor&) {}
   void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
+};
+#else
+struct Device {
+  explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    check(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+};
+#endif
+
+void check_cuda(const char* op, const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string(op) + ": CUDA says: " + error);
 }
 
 // mask [B, S] -> indices [T] int64, cu_seqlens [B + 1] int32. Waits once for the device, to learn T.
 std::tuple<Tensor, Tensor> unpad_cuda(const Tensor& mask_tensor) {
   const Mask mask = mask_of(mask_tensor);
   check(reinterpret_cast<uintptr_t>(mask.data) % mask.element_size == 0, "unpad: mask is not aligned to its elements");
-  const torch::stable::accelerator::DeviceGuard guard(mask_tensor.get_device_index());
-  void* stream = current_stream(mask_tensor.get_device_index());
+  const Device device(mask_tensor);
   Tensor cu_tensor = empty_on_device_of(mask_tensor, mask.rows + 1, ScalarType::Int);
   Tensor total_tensor = empty_on_device_of(mask_tensor, 1, ScalarType::Long);
   auto* cu_seqlens = static_cast<int32_t*>(cu_tensor.data_ptr());
   int64_t total = 0;
-  check_cuda(cuda::count(mask, cu_seqlens, static_cast<int64_t*>(total_tensor.data_ptr()), &total, stream));
+  check_cuda("unpad",
+             cuda::count(mask, cu_seqlens, static_cast<int64_t*>(total_tensor.data_ptr()), &total, device.stream));
 
   Tensor indices_tensor = empty_indices(mask_tensor, total);
-  check_cuda(cuda::fill(mask, cu_seqlens, static_cast<int64_t*>(indices_tensor.data_ptr()), stream));
+  check_cuda("unpad", cuda::fill(mask, cu_seqlens, static_cast<int64_t*>(indices_tensor.data_ptr()), device.stream));
   return {indices_tensor, cu_tensor};
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: throw std::runtime_error("a tensor is none of float32, float16 and bfloat16");
+  }
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// [sizes], or [0] where it is not needed
+Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+void* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
+
+void* pointer_if(bool needed, const Tensor& tensor) { return needed ? tensor.data_ptr() : nullptr; }
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+// seed [] int64 on the device
+Dropout dropout_of(double p, const std::optional<Tensor>& seed, int64_t site) {
+  const auto threshold = static_cast<uint32_t>(p * 65536 + 0.5);
+  if (threshold == 0 || !seed.has_value()) return {nullptr, 0, 0, 1.0f};
+  const float scale = threshold < 65536 ? static_cast<float>(65536.0 / (65536 - threshold)) : 0.0f;
+  return {static_cast<const int64_t*>(seed->data_ptr()), static_cast<uint32_t>(site), threshold, scale};
+}
+
+struct AddLayerNormTensors {
+  Tensor x;
+  std::optional<Tensor> bias;
+  Tensor residual, gamma;
+
+  AddLayerNorm inputs(double p, const std::optional<Tensor>& seed, int64_t site) const {
+    check(x.dim() == 2 && x.size(1) >= 1 && x.size(1) <= kMostHidden, "add_layer_norm: x is not [T, 1 to 4096]");
+    return {x.data_ptr(), pointer(bias), residual.data_ptr(), gamma.data_ptr(), dtype_of(x), dtype_of(residual),
+            x.size(0), static_cast<int>(x.size(1)), dropout_of(p, seed, site)};
+  }
+};
+
+AddLayerNormTensors contiguous_inputs(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& residual,
+                                      const Tensor& gamma) {
+  return {torch::stable::contiguous(x), contiguous(bias), torch::stable::contiguous(residual),
+          torch::stable::contiguous(gamma)};
+}
+
+// x, residual [T, H] -> y [T, H] in the residual's dtype, mean [T], rstd [T]
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const std::optional<Tensor>& bias,
+                                                  const Tensor& residual, const Tensor& gamma, const Tensor& beta,
+                                                  double eps, double p, const std::optional<Tensor>& seed,
+                                                  int64_t site) {
+  const Device device(x);
+  const AddLayerNormTensors tensors = contiguous_inputs(x, bias, residual, gamma);
+  const AddLayerNorm inputs = tensors.inputs(p, seed, site);
+  const Tensor shift = torch::stable::contiguous(beta);
+  const Tensor y = empty(residual, {inputs.rows, inputs.hidden}, residual.scalar_type());
+  const Tensor mean = empty(x, {inputs.rows}, ScalarType::Float), rstd = empty(x, {inputs.rows}, ScalarType::Float);
+  check_cuda("add_layer_norm", cuda::add_layer_norm(inputs, shift.data_ptr(), static_cast<float>(eps), y.data_ptr(),
+                                                    floats(mean), floats(rstd), device.stream));
+  return {y, mean, rstd};
+}
+
+// grad [T, H] -> the gradients of x, bias, residual, gamma, beta
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias, const Tensor& residual,
+    const Tensor& gamma, const Tensor& mean, const Tensor& rstd, double p, const std::optional<Tensor>& seed,
+    int64_t site, const std::vector<bool>& needed) {
+  const Device device(x);
+  const AddLayerNormTensors tensors = contiguous_inputs(x, bias, residual, gamma);
+  const AddLayerNorm inputs = tensors.inputs(p, seed, site);
+  const Tensor grads = torch::stable::contiguous(grad), means = torch::stable::contiguous(mean),
+               rstds = torch::stable::contiguous(rstd);
+  const int64_t rows = inputs.rows, hidden = inputs.hidden;
+  const ScalarType narrow = x.scalar_type(), wide = residual.scalar_type();
+  const bool has_bias = needed[1] && bias.has_value();
+  const Tensor dx = empty_if(needed[0], x, {rows, hidden}, narrow), dbias = empty_if(has_bias, x, {hidden}, narrow);
+  const Tensor dresidual = empty_if(needed[2], residual, {rows, hidden}, wide);
+  const Tensor dgamma = empty_if(needed[3], gamma, {hidden}, wide), dbeta = empty_if(needed[4], gamma, {hidden}, wide);
+  int64_t part_count = 0;
+  check_cuda("add_layer_norm_backward", cuda::add_layer_norm_parts(rows, inputs.hidden, &part_count));
+  const Tensor parts = empty(x, {3, part_count, hidden}, ScalarType::Float);
+  check_cuda("add_layer_norm_backward",
+             cuda::add_layer_norm_backward(inputs, grads.data_ptr(), floats(means), floats(rstds), floats(parts),
+                                           part_count, pointer_if(needed[0], dx), pointer_if(has_bias, dbias),
+                                           pointer_if(needed[2], dresidual), pointer_if(needed[3], dgamma),
+                                           pointer_if(needed[4], dbeta), device.stream));
+  return {dx, dbias, dresidual, dgamma, dbeta};
 }
 
 std::string cuda_problem() {
@@ -159,15 +278,37 @@ std::string cuda_problem() {
 }  // namespace
 }  // namespace fastbert
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastbert_native, m) {
+// The emulated library has the same kernels, compiled for the CPU, under a name of its own.
+#define FASTBERT_NAMED(library, ...) library(__VA_ARGS__)
+#ifdef FASTBERT_EMULATED
+#define FASTBERT_LIBRARY fastbert_emulated
+#define FASTBERT_DEVICE CPU
+STABLE_TORCH_LIBRARY(fastbert_emulated, m) {
+  m.def("unpad(Tensor mask) -> (Tensor indices, Tensor cu_seqlens)");
+}
+#else
+#define FASTBERT_LIBRARY fastbert_native
+#define FASTBERT_DEVICE CUDA
+#endif
+
+FASTBERT_NAMED(STABLE_TORCH_LIBRARY_FRAGMENT, FASTBERT_LIBRARY, m) {
   m.def("cuda_problem() -> str");
+  m.def(
+      "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, float p=0.0,"
+      " Tensor? seed=None, int site=0) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm_backward(Tensor grad, Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor mean,"
+      " Tensor rstd, float p, Tensor? seed, int site, bool[] needed)"
+      " -> (Tensor dx, Tensor dbias, Tensor dresidual, Tensor dgamma, Tensor dbeta)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CUDA, m) {
+FASTBERT_NAMED(STABLE_TORCH_LIBRARY_IMPL, FASTBERT_LIBRARY, FASTBERT_DEVICE, m) {
   m.impl("unpad", TORCH_BOX(&fastbert::unpad_cuda));
+  m.impl("add_layer_norm", TORCH_BOX(&fastbert::add_layer_norm));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&fastbert::add_layer_norm_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CompositeExplicitAutograd, m) {
+FASTBERT_NAMED(STABLE_TORCH_LIBRARY_IMPL, FASTBERT_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("cuda_problem", TORCH_BOX(&fastbert::cuda_problem));
 }
 

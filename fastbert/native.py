@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,28 @@ def refuse(device_type: str) -> list[str]:
         return [f"the native library has no CUDA kernels: {native.cuda_reason}"]
     problem = _cuda_problem()
     return [f"the native library's CUDA kernels do not run here: {problem}"] if problem else []
+
+
+_emulated = False
+
+
+def load_emulated(path: Path) -> None:
+    """Loads the CUDA kernels compiled for the CPU, of the tests: from then on they can be asked for on CPU tensors."""
+    global _emulated
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    _emulated = True
+
+
+def refuse_cuda(device_type: str) -> list[str]:
+    """Why the library's CUDA kernels cannot serve tensors on a device; on a CPU they do where they are emulated."""
+    if device_type == "cuda" or (device_type == "cpu" and _emulated):
+        return refuse(device_type) if device_type == "cuda" else []
+    return [f"it runs on cuda, not on {device_type}"]
+
+
+def cuda_op(name: str, device_type: str) -> Any:
+    """An op of the library's CUDA kernels, or of the emulated ones for tensors on a CPU."""
+    return getattr(torch.ops.fastbert_emulated if device_type == "cpu" else torch.ops.fastbert_native, name)
 
 
 def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
+#include "unpad.h"
+
 #include <cuda_runtime.h>
 
-#include "unpad.h"
+#include "launch.cuh"
 
 namespace fastbert::cuda {
 namespace {
@@ -81,20 +83,6 @@ __global__ void fill_rows(const Word* mask, int64_t rows, int64_t columns, int64
     if (real >> threadIdx.x & 1) indices[__popc(real & lower_lanes)] = row * columns + start + threadIdx.x;
     indices += __popc(real);
   }
-}
-
-const char* words(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // else torch's next check of its own would find this error
-  return cudaGetErrorString(error);
-}
-
-cudaLaunchConfig_t launch_config(dim3 grid, dim3 block, void* stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = static_cast<cudaStream_t>(stream);
-  return config;
 }
 
 cudaLaunchConfig_t warp_per_row(int64_t rows, void* stream) {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastbert import native
 from fastbert.ops import builtins, reference
+from fastbert.ops.cuda import cuda_backends
 from fastbert.ops.kernels import triton_backend
 from fastbert.ops.packed import PackedWeight
 from fastbert.ops.reference import LENGTH_CLASSES, statistics_dtype
@@ -23,12 +24,15 @@ TRITON_FIRST = ("embed_layer_norm", "dropout_bits", "attention", "add_layer_norm
 def declare(
     name: str, schema: str, fake: Any, check: Any, gradient: Gradient | None = None, first: tuple[Backend, ...] = ()
 ) -> Op:
-    """An op with the three backends that every op has, tried after those of `first`."""
+    """An op with the three backends that every op has, tried after those of `first`; "cuda" behind them, if it has it.
+
+    No CUDA kernel was measured yet: on a GPU one runs where it is asked for, or where all before it refuse.
+    """
     op = Op(name, schema, fake, check, gradient)
     usual = [Backend("torch", getattr(builtins, name)), triton_backend(name)]
     if name.removesuffix("_backward") in TRITON_FIRST:
         usual.reverse()
-    for backend in (*first, *usual, Backend("reference", getattr(reference, name))):
+    for backend in (*first, *usual, *cuda_backends(name), Backend("reference", getattr(reference, name))):
         op.add(backend)
     return op
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/unpad.cu without a GPU: compiled unchanged for the CPU over emulator/cuda_runtime.h."""
+"""csrc/cuda/unpad.cu without a GPU: compiled unchanged for the CPU over tests/emulator/cuda_runtime.h."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.build.conftest import ROOT
 from tests.build.masks import CASES, expected_unpad
 
-EMULATOR = Path(__file__).parent / "emulator"
+EMULATOR = ROOT / "tests/emulator"
 GUARD = 2048  # elements on either side of each output that must stay as they were
 UNTOUCHED = -7
 Unpad = Callable[[Tensor, int], tuple[Tensor, Tensor]]

@@ -209,7 +209,7 @@ def test_only_what_is_needed_is_returned(spec, dtype, plain_backend):
 
 def test_gradients_share_no_memory(spec, plain_backend):
     """No gradient is a view of an input, of the upstream gradient or of another one; nothing of these is written."""
-    wide = () if plain_backend.name == "triton" else (torch.float64,)
+    wide = (torch.float64,) if plain_backend.takes_float64 else ()
     for dtype in (torch.float32, torch.bfloat16, *wide):
         for _, rounded, grad, *_ in expected(spec.op.name, plain_backend.edges, dtype, plain_backend.device):
             inputs = [t for t in (*rounded, grad) if isinstance(t, torch.Tensor)]

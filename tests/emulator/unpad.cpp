@@ -1,4 +1,4 @@
-// unpad.cu on the CPU, as plain C functions. `order` 1 runs the last warp of a block first.
+// unpad.cu on the CPU, as plain C functions. `order` 1 runs the last block and warp first.
 #include "cuda/unpad.cu"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -6,12 +6,12 @@
 using fastbert::Mask;
 
 EXPORT const char* emulated_count(const Mask* mask, int order, int32_t* cu_seqlens, int64_t* total) {
-  emulator::last_warp_first = order;
+  emulator::order = order ? emulator::Order::backwards : emulator::Order::forwards;
   int64_t total_on_device = -1;
   return fastbert::cuda::count(*mask, cu_seqlens, &total_on_device, total, nullptr);
 }
 
 EXPORT const char* emulated_fill(const Mask* mask, int order, const int32_t* cu_seqlens, int64_t* indices) {
-  emulator::last_warp_first = order;
+  emulator::order = order ? emulator::Order::backwards : emulator::Order::forwards;
   return fastbert::cuda::fill(*mask, cu_seqlens, indices, nullptr);
 }

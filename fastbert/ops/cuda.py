@@ -1,0 +1,72 @@
+"""Backend "cuda": the CUDA kernels of the native library (csrc/); on a CPU on request, where tests emulate them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert import native
+from fastbert.ops.registry import Backend
+
+MOST_HIDDEN = 4096
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def dtype_reasons(**tensors: Tensor | None) -> list[str]:
+    """In words, which of the named tensors have a dtype that the kernels do not take."""
+    return [
+        f"{name} is {tensor.dtype}: it takes float32, float16 and bfloat16"
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.dtype not in FLOATS
+    ]
+
+
+def same_reasons(**tensors: Tensor | None) -> list[str]:
+    """In words, which of the named tensors differ in dtype from the first."""
+    (first, like), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    return [f"{name} is {x.dtype} and {first} {like.dtype}" for name, x in others if x.dtype != like.dtype]
+
+
+def hidden_reasons(hidden: int) -> list[str]:
+    return [] if 1 <= hidden <= MOST_HIDDEN else [f"hidden size {hidden} is none of 1 to {MOST_HIDDEN}"]
+
+
+def add_layer_norm_reasons(
+    x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, *rest: Any
+) -> list[str]:
+    reasons = hidden_reasons(x.shape[1]) + dtype_reasons(x=x, residual=residual)
+    reasons += same_reasons(x=x, bias=bias) + same_reasons(residual=residual, gamma=gamma, beta=beta)
+    if residual.dtype not in (x.dtype, torch.float32):
+        reasons.append(
+            f"x is {x.dtype} beside a residual of {residual.dtype}: it takes one dtype, or a float32 residual"
+        )
+    return reasons
+
+
+def add_layer_norm_backward_reasons(
+    grad: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, *rest: Any
+) -> list[str]:
+    return add_layer_norm_reasons(x, bias, residual, gamma, gamma) + same_reasons(residual=residual, grad=grad)
+
+
+REASONS: dict[str, Callable[..., list[str]]] = {
+    reasons.__name__.removesuffix("_reasons"): reasons
+    for reasons in (add_layer_norm_reasons, add_layer_norm_backward_reasons)
+}
+
+
+def cuda_backends(name: str) -> list[Backend]:
+    """The backend "cuda" of an op, if the library has a kernel for it."""
+    if name not in REASONS:
+        return []
+
+    def refuse(*args: Any) -> list[str]:
+        return native.refuse_cuda(args[0].device.type) or REASONS[name](*args)
+
+    def run(*args: Any) -> Any:
+        return native.cuda_op(name, args[0].device.type)(*args)
+
+    return [Backend("cuda", run, refuse, devices=("cuda",), on_request=("cpu",))]
