@@ -15,7 +15,8 @@ from fastbert import native
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests/emulator"
-FLAGS = "-O1 -fPIC -fvisibility=hidden -DFASTBERT_CUDA -DFASTBERT_EMULATED -Wall -Wno-unknown-pragmas -Wno-sign-compare"
+NAME = "fastbert_emulated"
+FLAGS = "-O1 -fPIC -fvisibility=hidden -DFASTBERT_CUDA -Wall -Wno-unknown-pragmas -Wno-sign-compare"
 
 
 @functools.cache
@@ -36,16 +37,19 @@ def is_here() -> bool:
 @functools.cache
 def load() -> None:
     """Backend "cuda" runs on CPU tensors in this process from now on, where it is asked for."""
-    native.load_emulated(built(setup_py().find_torch(), setup_py().find_compiler()))
+    native.load_emulated(built(), NAME)
 
 
-def built(torch: Path, compiler: str) -> Path:
-    """The library, compiled if it was not from these sources, two files at a time."""
-    includes = ["-I", str(EMULATOR), "-I", str(ROOT / "csrc"), "-isystem", str(torch / "include")]
+def built(csrc: Path = ROOT / "csrc", name: str = NAME, *options: str) -> Path:
+    """The library of these sources under a name, compiled if it was not yet, two files at a time."""
+    torch, compiler = setup_py().find_torch(), setup_py().find_compiler()
+    includes = ["-I", str(EMULATOR), "-I", str(csrc), "-isystem", str(torch / "include")]
+    named = [f"-DFASTBERT_EMULATED={name}", *options]
     more = os.environ.get("CXXFLAGS", "").split()  # test_sanitizers.py's
-    command = [compiler, *setup_py().CXX_FLAGS.replace("-O3", "").split(), *FLAGS.split(), *includes, *more]
-    files = sorted([*(ROOT / "csrc").glob("*.*"), *(ROOT / "csrc/cuda").glob("*.*"), *EMULATOR.glob("*.h")])
-    total = hashlib.sha256(" ".join([*command, (torch / "version.py").read_text()]).encode())
+    command = [compiler, *setup_py().CXX_FLAGS.replace("-O3", "").split(), *FLAGS.split(), *named, *more, *includes]
+    files = sorted([*csrc.glob("*.*"), *csrc.glob("cuda/*.*"), *EMULATOR.glob("*.h")])
+    about = [compiler, name, FLAGS, *more, (torch / "version.py").read_text()]
+    total = hashlib.sha256(" ".join(about).encode())
     for path in files:
         total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     target = ROOT / ".cache/emulated" / f"{total.hexdigest()[:16]}.so"
@@ -53,7 +57,7 @@ def built(torch: Path, compiler: str) -> Path:
         return target
     work = target.with_suffix(f".{os.getpid()}")
     work.mkdir(parents=True)
-    sources = [ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    sources = sorted([*csrc.glob("*.cpp"), *csrc.glob("cuda/*.cu")])
 
     def compiled(source: Path) -> str:
         target = work / f"{source.stem}.o"

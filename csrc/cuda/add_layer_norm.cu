@@ -28,7 +28,7 @@ __device__ void add(const AddLayerNorm& inputs, int64_t row, int column, int lef
 }
 
 template <typename X, typename R, bool kVector>
-__global__ void __launch_bounds__(kMostRowThreads)
+__global__ void __launch_bounds__(kMostRowThreads, 1)
     forward(AddLayerNorm inputs, const R* __restrict__ beta, float eps, R* __restrict__ y, float* __restrict__ means,
             float* __restrict__ rstds) {
   __shared__ RowParts parts;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMostRowThreads)
 
 // A block walks over the rows; its sums of dgamma, dbeta and dbias go to parts [3, part_count, hidden].
 template <typename X, typename R, bool kVector>
-__global__ void __launch_bounds__(kMostRowThreads)
+__global__ void __launch_bounds__(kMostRowThreads, 1)
     backward(AddLayerNorm inputs, const R* __restrict__ grads, const float* __restrict__ means,
              const float* __restrict__ rstds, float* __restrict__ sums, int64_t part_count, X* __restrict__ dx,
              R* __restrict__ dresidual) {

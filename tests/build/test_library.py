@@ -82,17 +82,17 @@ def test_no_cuda_half(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cuda_kernels_run_on_a_cpu_where_they_are_emulated_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     x, one, backend = torch.ones(2, 8), torch.ones(8), ops.add_layer_norm.backends["cuda"]
-    monkeypatch.setattr(native, "_emulated", False)
+    monkeypatch.setattr(native, "_emulated", "")
     assert backend.reasons(x, None, x, one, one, 1e-12) == ["it runs on cuda, not on cpu"]
     with ops.use_backend("cuda"), pytest.raises(ops.BackendRefused, match="it runs on cuda, not on cpu"):
         ops.add_layer_norm(x, None, x, one, one, 1e-12)
-    monkeypatch.setattr(native, "_emulated", True)
+    monkeypatch.setattr(native, "_emulated", "some")
     assert backend.reasons(x, None, x, one, one, 1e-12) == []
     assert backend not in ops.add_layer_norm.order("cpu")
     wide = torch.ones(2, 4104, dtype=torch.float64)
     gain = torch.ones(4104)
     assert backend.reasons(wide, None, wide, gain, gain, 1e-12) == [
-        "hidden size 4104 is none of 1 to 4096",
+        "hidden size 4104 is over 4096",
         "x is torch.float64: it takes float32, float16 and bfloat16",
         "residual is torch.float64: it takes float32, float16 and bfloat16",
         "gamma is torch.float32 and residual torch.float64",

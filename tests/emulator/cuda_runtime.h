@@ -1,7 +1,7 @@
 // Runs unchanged .cu files on the CPU, for tests: found in place of CUDA's own cuda_runtime.h, compiled by a C++ compiler.
 // Blocks run one after another; each thread of a block is a fiber that runs until it waits for others. One warp runs as
 // far as it can before the next moves, so that a missing barrier shows; `order` says whether blocks and warps run
-// forwards or backwards. Shared memory is filled with 0xff before each block. Covers what csrc/cuda/ uses, and grows.
+// forwards, backwards or now so, now so. Shared memory is filled with 0xff before each block. Covers what csrc/cuda/ uses, and grows.
 #pragma once
 
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
@@ -28,8 +28,15 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) alignas(bytes)
 #define __launch_bounds__(...)
+// Shared memory is all that a library keeps for each thread of the host; AddressSanitizer does not watch that, but a
+// section, into which g++ puts no arrays of templates.
+#ifdef __SANITIZE_ADDRESS__
 #define __shared__ static __attribute__((section("emulated_shared")))
 extern "C" __attribute__((weak, visibility("hidden"))) char __start_emulated_shared[], __stop_emulated_shared[];
+#else
+#define __shared__ static thread_local
+#include <link.h>
+#endif
 
 struct dim3 {
   unsigned x, y, z;
@@ -59,7 +66,7 @@ constexpr int kWarp = 32;
 constexpr int kMultiprocessors = 4;  // few, so that loops over rows loop
 constexpr size_t kStack = 64 << 10;
 constexpr size_t kUsualShared = 48 << 10, kMostShared = 227 << 10;  // of a block: without asking, and the most on sm_90
-enum class Order { forwards, backwards, in_turns };
+enum class Order { forwards, backwards, changing };
 enum class State { ready, at_warp, at_block, done };
 
 struct Thread {
@@ -76,8 +83,9 @@ struct Thread {
   uint64_t brought = 0, published = 0;  // to its warp; the second is what the others read until the next exchange
 };
 
-inline Order order = Order::in_turns;
+inline Order order = Order::changing;
 inline bool backwards = false;  // in this launch
+inline uint32_t launches = 0;
 inline std::vector<std::unique_ptr<Thread>> threads;
 inline decltype(Thread::context) scheduler;
 inline std::function<void()> kernel;
@@ -192,9 +200,31 @@ inline bool release_warp(int first, int last) {
   return any;
 }
 
+inline char *shared_start, *shared_stop;  // all __shared__ arrays of this library
+
+#ifdef __SANITIZE_ADDRESS__
+inline void find_shared_memory() { shared_start = __start_emulated_shared, shared_stop = __stop_emulated_shared; }
+#else
+inline thread_local char anchor;  // so that there is memory of this thread
+
+inline void find_shared_memory() {
+  anchor = 0;
+  shared_start = shared_stop = nullptr;
+  dl_iterate_phdr([](dl_phdr_info* library, size_t, void*) {
+    for (int i = 0; i < library->dlpi_phnum; ++i) {
+      const auto& part = library->dlpi_phdr[i];
+      auto* memory = static_cast<char*>(library->dlpi_tls_data);
+      if (part.p_type != PT_TLS || memory == nullptr || &anchor < memory || &anchor >= memory + part.p_memsz) continue;
+      shared_start = memory, shared_stop = memory + part.p_memsz;
+    }
+    return 0;
+  }, nullptr);
+}
+#endif
+
 // By hand, since AddressSanitizer, which puts forbidden bytes between the arrays, would stop a memset over all of them.
 __attribute__((no_sanitize_address)) inline void fill_shared_memory() {
-  for (volatile char* byte = __start_emulated_shared; byte < __stop_emulated_shared; ++byte) *byte = '\xff';
+  for (volatile char* byte = shared_start; byte < shared_stop; ++byte) *byte = '\xff';
   std::fill(dynamic_memory.begin(), dynamic_memory.end(), '\xff');
 }
 
@@ -235,9 +265,10 @@ inline cudaError_t run_grid(const cudaLaunchConfig_t& config) {
   for (int i = 0; i < count; ++i) {
     threads[i]->index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
   }
+  find_shared_memory();
   dynamic_memory.assign(config.dynamicSmemBytes + 128, 0);
-  if (order == Order::in_turns) backwards = !backwards;
-  else backwards = order == Order::backwards;
+  const bool drawn = ++launches * 2654435761u >> 31;  // the same in every run
+  backwards = order == Order::changing ? drawn : order == Order::backwards;
   for (uint64_t step = 0; step < blocks; ++step) {
     const uint64_t block = backwards ? blocks - 1 - step : step;
     blockIdx = dim3(block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y);

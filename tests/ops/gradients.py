@@ -94,8 +94,8 @@ def gelu_slopes(spec: Spec, dtype: torch.dtype, approximate: str, backend: Backe
     """
     x, eye, *_ = cast(gelu_inputs(dtype, approximate), dtype, backend.device)
     x = x if approximate == "none" else x.where(x.abs() < 2**40, 0)
-    second = (eye, None) if spec.op.name == "feed_forward" else ()
-    arguments, ones = (x, eye, None, *second, approximate), torch.ones_like(x)
+    weights = {"bias_gelu": (), "linear_gelu": (eye,), "feed_forward": (eye, None, eye)}[spec.op.name]
+    arguments, ones = (x, *weights, None, approximate), torch.ones_like(x)
     _, ref, base = ref_and_base(spec, arguments, ones)
     found = gradients(spec, arguments, ones, backend), ref, base
     return tuple(gradient["x_grad"].cpu() for gradient in found)
