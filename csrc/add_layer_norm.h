@@ -10,8 +10,8 @@ namespace fastbert {
 
 constexpr int64_t kMostHidden = 4096;
 
-// x, residual [rows, hidden]; bias, gamma, beta [hidden]; all contiguous. x and bias have one dtype, the others another:
-// the same, or x and bias 16 bits beside float32. bias may be nullptr.
+// x, residual [rows, hidden]; bias, gamma, beta [hidden]; all contiguous. x and bias have one dtype, the others the
+// same or, beside 16 bits, float32. bias may be nullptr.
 struct AddLayerNorm {
   const void *x, *bias, *residual, *gamma;
   Dtype x_dtype, residual_dtype;
@@ -31,7 +31,7 @@ const char* add_layer_norm(const AddLayerNorm& inputs, const void* beta, float e
 // How many partial sums of the gains' gradients the backward makes.
 const char* add_layer_norm_parts(int64_t rows, int hidden, int64_t* parts);
 
-// grad [rows, hidden] in the residual's dtype -> gradients in the dtypes of their inputs, nullptr for what is not needed.
+// grad [rows, hidden] in the residual's dtype -> gradients in the dtypes of their inputs, nullptr: not needed.
 // parts: memory of [3, `add_layer_norm_parts`, hidden]
 const char* add_layer_norm_backward(const AddLayerNorm& inputs, const void* grad, const float* mean, const float* rstd,
                                     float* parts, int64_t part_count, void* dx, void* dbias, void* dresidual,

@@ -36,10 +36,10 @@ namespace cuda {
 
 // All return nullptr, or in words what went wrong. `stream` is a cudaStream_t; pointers are on the stream's device.
 
-// y [rows, hidden]; mean, rstd [rows]; pre [rows, hidden]: the sum, or nullptr. A row with an index outside its table is
-// NaN: nothing is read there.
-const char* embed_layer_norm(const EmbedLayerNorm& inputs, const void* beta, float eps, void* y, float* mean, float* rstd,
-                             void* pre, void* stream);
+// y [rows, hidden]; mean, rstd [rows]; pre [rows, hidden]: the sum, or nullptr. A row with an index outside its table
+// is NaN: nothing is read there.
+const char* embed_layer_norm(const EmbedLayerNorm& inputs, const void* beta, float eps, void* y, float* mean,
+                             float* rstd, void* pre, void* stream);
 
 // How many partial sums of the gains' gradients the backward makes.
 const char* embed_layer_norm_parts(int64_t rows, int hidden, int64_t* parts);
@@ -52,7 +52,7 @@ const char* embed_layer_norm_backward(const EmbedLayerNorm& inputs, const void* 
 
 constexpr int64_t kChunk = 32;  // sorted rows that are added up at a time
 
-// dx [rows, hidden] in sorted `order`, added up over runs of equal `keys` -> rows of table [size, hidden], which is zeros.
+// dx [rows, hidden] in sorted `order`, added up over runs of equal `keys` -> rows of table [size, hidden], else zeros.
 // parts: memory of [ceil(rows / kChunk), 2, hidden]
 const char* add_runs(const float* dx, const int32_t* keys, const int64_t* order, int64_t rows, int hidden, int64_t size,
                      float* parts, Dtype dtype, void* table, void* stream);

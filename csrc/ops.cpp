@@ -333,8 +333,9 @@ struct EmbedLayerNormTensors {
   EmbedLayerNorm inputs(double p, const std::optional<Tensor>& seed) const {
     check(words.size(1) >= 1 && words.size(1) <= kMostHidden, "embed_layer_norm: hidden size is none of 1 to 4096");
     const Table none = {nullptr, {nullptr, false}, 0};
-    return {table_of(words, ids), has_types() ? table_of(*type_table, *types) : none, table_of(position_table, positions),
-            gamma.data_ptr(), dtype_of(words), ids.size(0), static_cast<int>(words.size(1)), dropout_of(p, seed, 3)};
+    const Table kinds = has_types() ? table_of(*type_table, *types) : none;
+    return {table_of(words, ids), kinds, table_of(position_table, positions), gamma.data_ptr(), dtype_of(words),
+            ids.size(0), static_cast<int>(words.size(1)), dropout_of(p, seed, 3)};
   }
 
   bool has_types() const { return types.has_value() && type_table.has_value(); }
@@ -456,8 +457,8 @@ std::tuple<Tensor, Tensor, Tensor> gelu_gradients(const Tensor& grad, const Tens
   const Tensor y = empty_if(with_y, pre, {tokens, columns}, kind);
   check_cuda("bias_gelu_backward",
              cuda::bias_gelu_backward(bias_gelu_inputs(rows, shift, is_tanh), grads.data_ptr(),
-                                      sums ? floats(parts) : nullptr, part_count, dx.data_ptr(), pointer_if(sums, dbias),
-                                      pointer_if(with_y, y), stream));
+                                      sums ? floats(parts) : nullptr, part_count, dx.data_ptr(),
+                                      pointer_if(sums, dbias), pointer_if(with_y, y), stream));
   return {dx, dbias, y};
 }
 
@@ -512,7 +513,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(const Tensor& grad, cons
           needed[1] ? weight_gradient(dpre, x) : empty(x, {0}, x.scalar_type()), dbias};
 }
 
-// x [T, H], w1 [I, H], w2 [H, I] -> gelu(x . w1^T + b1) . w2^T + b2 [T, H], and x . w1^T + b1 [T, I] if it is to be saved
+// x [T, H], w1 [I, H], w2 [H, I] -> gelu(x . w1^T + b1) . w2^T + b2 [T, H], and x . w1^T + b1 [T, I] to be saved
 std::tuple<Tensor, Tensor> feed_forward(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
                                         const Tensor& w2, const std::optional<Tensor>& b2, bool is_tanh, bool save) {
   using torch::stable::detail::from;

@@ -51,7 +51,7 @@ const char* problem();
 const char* count(const Mask& mask, int32_t* cu_seqlens, int32_t* order, int64_t* total_on_device, int64_t* total,
                   void* stream);
 
-// indices [tokens], as cpu::fill_rows for all rows. Of more than there are the last are -1, of fewer the last are left out.
+// indices [tokens], as cpu::fill_rows for all rows. Of more than there are the last are -1, of fewer the last left out.
 const char* fill(const Mask& mask, const int32_t* cu_seqlens, int64_t tokens, int64_t* indices, void* stream);
 
 }  // namespace cuda

@@ -114,7 +114,8 @@ const char* add_layer_norm(const AddLayerNorm& inputs, const void* beta, float e
     using X = typename decltype(x)::Type;
     using R = typename decltype(r)::Type;
     const auto kernel = vectors ? forward<X, R, true> : forward<X, R, false>;
-    return cudaLaunchKernelEx(&config, kernel, inputs, static_cast<const R*>(beta), eps, static_cast<R*>(y), mean, rstd);
+    return cudaLaunchKernelEx(&config, kernel, inputs, static_cast<const R*>(beta), eps, static_cast<R*>(y), mean,
+                              rstd);
   }));
 }
 

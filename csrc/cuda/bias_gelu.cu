@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kAcross* kDown) forward(BiasGelu inputs, T* y,
 
 // A block walks over the rows; its sums of dx over them go to parts [gridDim.x, columns].
 template <typename T, bool kTanh, bool kVector>
-__global__ void __launch_bounds__(kAcross* kDown) backward(BiasGelu inputs, const T* grads, float* parts, T* dx, T* y) {
+__global__ void __launch_bounds__(kAcross* kDown, 1)
+    backward(BiasGelu inputs, const T* grads, float* parts, T* dx, T* y) {
   __shared__ float sums[kDown][kBlockColumns];
   const int column = block_column(), within = static_cast<int>(inputs.columns) - column;
   float bias[kColumns], dbias[kColumns] = {};

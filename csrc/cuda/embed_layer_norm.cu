@@ -127,11 +127,13 @@ __global__ void __launch_bounds__(kMostRowThreads, 1)
 }
 
 // The key at a place of the sorted order, -1 where there is no such place.
-__device__ int32_t key_at(const int32_t* keys, int64_t at, int64_t rows) { return at >= 0 && at < rows ? keys[at] : -1; }
+__device__ int32_t key_at(const int32_t* keys, int64_t at, int64_t rows) {
+  return at >= 0 && at < rows ? keys[at] : -1;
+}
 
-// A warp adds up 256 columns of a chunk of sorted rows. A run that lies in one chunk goes to the table; of one that does
-// not, parts [chunks, 2, hidden] takes this chunk's part: [0] of a run that began in an earlier chunk, [1] of one that
-// begins here.
+// A warp adds up 256 columns of a chunk of sorted rows. A run that lies in one chunk goes to the table; of one that
+// does not, parts [chunks, 2, hidden] takes this chunk's part: [0] of a run that began in an earlier chunk, [1] of one
+// that begins here.
 template <typename T, bool kVector>
 __global__ void __launch_bounds__(kWarp)
     add_chunk(const float* __restrict__ dx, const int32_t* __restrict__ keys, const int64_t* __restrict__ order,
@@ -194,8 +196,8 @@ __global__ void __launch_bounds__(kWarp* kJoiners)
 
 }  // namespace
 
-const char* embed_layer_norm(const EmbedLayerNorm& inputs, const void* beta, float eps, void* y, float* mean, float* rstd,
-                             void* pre, void* stream) {
+const char* embed_layer_norm(const EmbedLayerNorm& inputs, const void* beta, float eps, void* y, float* mean,
+                             float* rstd, void* pre, void* stream) {
   if (inputs.rows == 0) return nullptr;
   const dim3 block = row_block(inputs.hidden);
   const auto config = launch_config(dim3(ceil_div(inputs.rows, block.z)), block, stream);

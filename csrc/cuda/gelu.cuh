@@ -1,4 +1,4 @@
-// GELU and its slope in fp32 (Hendrycks & Gimpel 2016), as exact as results in T need them. The fits of kernels/gelu.py.
+// GELU and its slope in fp32 (Hendrycks & Gimpel 2016), as exact as results in T need it; fits of kernels/gelu.py.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// Rows of [rows, hidden] in blocks: a thread holds 8 columns of one row, `blockDim.y` warps hold a row, `blockDim.z` rows
-// a block. 8 are what one 128-bit access moves in 16 bits, and what one counter of dropout decides.
+// Rows of [rows, hidden] in blocks: a thread holds 8 columns of one row, `blockDim.y` warps a row, a block `blockDim.z`
+// rows. 8 are what one 128-bit access moves in 16 bits, and what one counter of dropout decides.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,8 +32,8 @@ __device__ inline void unpack(uint32_t pair, BFloat16, float& first, float& seco
   second = __uint_as_float(pair & 0xffff0000u);
 }
 
-// 8 elements from `from` on; zeros from the element `left` on, and nothing is read there. kVector: left is 8 or none, and
-// `from` stands at 16 bytes.
+// 8 elements from `from` on; zeros from the element `left` on, and nothing is read there. kVector: left is 8 or none,
+// and `from` stands at 16 bytes.
 template <bool kVector, typename T>
 __device__ inline void load(const T* __restrict__ from, int left, float (&x)[kColumns]) {
   if constexpr (!kVector) {

@@ -1,7 +1,8 @@
-// Runs unchanged .cu files on the CPU, for tests: found in place of CUDA's own cuda_runtime.h, compiled by a C++ compiler.
+// Runs unchanged .cu files on the CPU, for tests: found in place of CUDA's cuda_runtime.h, compiled by a C++ compiler.
 // Blocks run one after another; each thread of a block is a fiber that runs until it waits for others. One warp runs as
 // far as it can before the next moves, so that a missing barrier shows; `order` says whether blocks and warps run
-// forwards, backwards or now so, now so. Shared memory is filled with 0xff before each block. Covers what csrc/cuda/ uses, and grows.
+// forwards, backwards or now so, now so. Shared memory is filled with 0xff before each block. Covers what csrc/cuda/
+// uses, and grows with it.
 #pragma once
 
 #if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
@@ -328,9 +329,12 @@ inline unsigned ballot(int place, unsigned mask, bool predicate) {
 #define __any_sync(mask, predicate) (emulator::ballot(__LINE__, mask, predicate) != 0)
 #define __all_sync(mask, predicate) (emulator::ballot(__LINE__, mask, !(predicate)) == 0)
 #define __shfl_sync(mask, value, from) emulator::shuffle(__LINE__, mask, value, [&](int) { return (from) % 32; })
-#define __shfl_up_sync(mask, value, by) emulator::shuffle(__LINE__, mask, value, [&](int lane) { return lane - (by); })
-#define __shfl_down_sync(mask, value, by) emulator::shuffle(__LINE__, mask, value, [&](int lane) { return lane + (by); })
-#define __shfl_xor_sync(mask, value, by) emulator::shuffle(__LINE__, mask, value, [&](int lane) { return lane ^ (by); })
+#define __shfl_up_sync(mask, value, by) \
+  emulator::shuffle(__LINE__, mask, value, [&](int lane) { return lane - (by); })
+#define __shfl_down_sync(mask, value, by) \
+  emulator::shuffle(__LINE__, mask, value, [&](int lane) { return lane + (by); })
+#define __shfl_xor_sync(mask, value, by) \
+  emulator::shuffle(__LINE__, mask, value, [&](int lane) { return lane ^ (by); })
 namespace emulator {
 inline unsigned mask_of(unsigned mask = ~0u) { return mask; }
 }  // namespace emulator
