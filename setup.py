@@ -113,7 +113,8 @@ def digests() -> dict[str, str]:
     assert spec is not None and spec.loader is not None
     proven = module_from_spec(spec)
     spec.loader.exec_module(proven)
-    kernels = sorted((path.stem, path.parent.name) for path in [*CSRC.glob("cpu/*.cpp"), *CSRC.glob("cuda/*.cu")])
+    kernels = [(path.stem, path.parent.name) for path in [*CSRC.glob("cpu/*.cpp"), *CSRC.glob("cuda/*.cu")]]
+    kernels = sorted([*kernels, *((name, "cuda") for name in proven.MADE_OF)])
     return {proven.built_name(*kernel): proven.digest(*kernel) for kernel in kernels}
 
 

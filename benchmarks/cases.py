@@ -209,6 +209,9 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
         moved = size * (2 * tokens * (hidden + inner) + 2 * hidden * inner)
         return OpCall("feed_forward", arguments, 4 * tokens * hidden * inner, moved)
 
+    def bias_gelu() -> OpCall:
+        return OpCall("bias_gelu", (randn(tokens, inner), randn(inner)), 0, 2 * tokens * inner * size)
+
     def backward(make: Callable[[], OpCall]) -> Callable[[], OpCall]:
         """The backward of a call: of each product two, of attention's two products five (scores are made again)."""
 
@@ -224,7 +227,10 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
 
         return made
 
-    makers = (unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward)
+    makers = (
+        unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
+        bias_gelu,
+    )  # fmt: skip
     calls = {maker.__name__: maker for maker in makers}
     gradients = ((OPS[name].gradient, maker) for name, maker in calls.items())
     return calls | {gradient.op.name: backward(maker) for gradient, maker in gradients if gradient is not None}

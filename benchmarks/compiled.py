@@ -580,6 +580,7 @@ HEADING = "\n## Triton "
 
 def document(old: str, rows: Sequence[Row], scope: str, failed: Sequence[str]) -> str:
     """docs/kernels.md with the part of this Triton written anew."""
+    old, of_cuda, cuda = old.partition("\n## CUDA\n")  # which benchmarks.compiled_cuda writes
     parts = {part.split(None, 1)[0]: part for part in old.split(HEADING)[1:]}
     lines = [triton.__version__, "", scope, ""]
     lines += ["| kernel | sm | compiled | registers | stack | spills | shared | tensor cores | CTAs an SM | loop |"]
@@ -595,7 +596,7 @@ def document(old: str, rows: Sequence[Row], scope: str, failed: Sequence[str]) -
         lines += ["", f"HMMA on sm_90, `{key}`: {why}"]
     parts[triton.__version__] = "\n".join(lines) + "\n"
     text = DOCUMENT.format(stack=MOST_STACK, flags=MOST_FLAGS)
-    return text + "".join(HEADING + parts[version] for version in sorted(parts))
+    return text + "".join(HEADING + parts[version] for version in sorted(parts)) + of_cuda + cuda
 
 
 def span(values: Iterable[int]) -> str:

@@ -190,11 +190,17 @@ def feed_forward_and_pre(
     return feed_forward(x, w1, b1, w2, b2, approximate), F.linear(x, w1, b1) if save else x.new_empty(0)
 
 
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
+    """BertIntermediate behind a product without bias."""
+    return F.gelu(x if bias is None else x + bias, approximate=approximate)
+
+
 # What stock models compute, for timings; with every output of the op, for parity.
 ALL: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
+        bias_gelu,
     )
 }  # fmt: skip
 EVERY_OUTPUT = ALL | {
@@ -207,7 +213,7 @@ EVERY_OUTPUT = ALL | {
 # The outputs that are judged per binade. Sums over rows (of weights, of biases, of tables) are not.
 ELEMENTWISE = {
     "embed_layer_norm": ("y",), "add_layer_norm": ("y",), "add_layer_norm_backward": ("x_grad", "residual_grad"),
-    "pad_backward": ("x",),
+    "pad_backward": ("x",), "bias_gelu": ("y",), "bias_gelu_backward": ("x_grad",),
 }  # fmt: skip
 
 

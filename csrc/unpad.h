@@ -34,6 +34,9 @@ void count_rows(const Mask& mask, int64_t first, int64_t last, int32_t* lengths)
 // indices [T]: row * columns + column of every real element of the rows first..last-1, at cu_seqlens[row] onwards.
 void fill_rows(const Mask& mask, int64_t first, int64_t last, const int32_t* cu_seqlens, int64_t* indices);
 
+// order [rows]: the rows by how many real elements they have, most first, those alike as they stand.
+void order_rows(int64_t rows, const int32_t* cu_seqlens, int32_t* order);
+
 }  // namespace cpu
 
 namespace cuda {
@@ -43,11 +46,13 @@ namespace cuda {
 // nullptr when the current device, its driver and this library fit together.
 const char* problem();
 
-// cu_seqlens [rows + 1] and the number of real tokens, read back to the host: waits for the stream.
-const char* count(const Mask& mask, int32_t* cu_seqlens, int64_t* total_on_device, int64_t* total, void* stream);
+// cu_seqlens [rows + 1], order [rows] as cpu::order_rows, and the number of real tokens, which, unless `total` is
+// nullptr, is read back to the host: that waits for the stream.
+const char* count(const Mask& mask, int32_t* cu_seqlens, int32_t* order, int64_t* total_on_device, int64_t* total,
+                  void* stream);
 
-// indices [T], as cpu::fill_rows for all rows.
-const char* fill(const Mask& mask, const int32_t* cu_seqlens, int64_t* indices, void* stream);
+// indices [tokens], as cpu::fill_rows for all rows. Of more than there are the last are -1, of fewer the last left out.
+const char* fill(const Mask& mask, const int32_t* cu_seqlens, int64_t tokens, int64_t* indices, void* stream);
 
 }  // namespace cuda
 }  // namespace fastbert

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,17 +72,40 @@ def refuse(device_type: str) -> list[str]:
     return [f"the native library's CUDA kernels do not run here: {problem}"] if problem else []
 
 
-def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
+_emulated = ""  # the name of the library of emulated CUDA kernels that is loaded
+
+
+def load_emulated(path: Path, name: str) -> None:
+    """Loads the CUDA kernels compiled for the CPU, of the tests: from then on they can be asked for on CPU tensors."""
+    global _emulated
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    _emulated = name
+
+
+def refuse_cuda(device_type: str) -> list[str]:
+    """Why the library's CUDA kernels cannot serve tensors on a device; on a CPU they do where they are emulated."""
+    if device_type == "cuda" or (device_type == "cpu" and _emulated):
+        return refuse(device_type) if device_type == "cuda" else []
+    return [f"it runs on cuda, not on {device_type}"]
+
+
+def cuda_op(name: str, device_type: str) -> Any:
+    """An op of the library's CUDA kernels, or of the emulated ones for tensors on a CPU."""
+    return getattr(getattr(torch.ops, _emulated if device_type == "cpu" else "fastbert_native"), name)
+
+
+def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor, Tensor]:
     """The real tokens of a padding mask.
 
     Args:
         mask: [B, S] on a CPU or CUDA device, any strides; bool, integer or float; nonzero (NaN too) means real.
-        tokens: T, if it is known; not used, the library counts them.
+        tokens: T, if it is known: on CUDA the host then does not wait for the device. Of more than there are the last
+            indices are -1 there, of fewer the last are left out; a CPU counts them.
 
     Returns:
         indices: [T] int64, row * S + column of each real token, ascending.
-        cu_seqlens: [B + 1] int32, where each row's tokens begin in `indices`; the last is T. On CUDA the host waits
-            once for the device, to learn T.
+        cu_seqlens: [B + 1] int32, where each row's tokens begin in `indices`; the last is T.
+        order: [B] int32, the rows by how many tokens they have, most first, those alike as they stand.
 
     Raises:
         RuntimeError: the mask is not 2-D, has another dtype, more than 2**31 - 1 rows, columns or real tokens, or
@@ -90,5 +114,5 @@ def unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor]:
     native = load()
     if not native.available:
         raise RuntimeError(f"unpad: {native.reason}")
-    indices, cu_seqlens = torch.ops.fastbert_native.unpad(mask)
-    return indices, cu_seqlens
+    indices, cu_seqlens, order = torch.ops.fastbert_native.unpad(mask, tokens)
+    return indices, cu_seqlens, order

@@ -16,6 +16,8 @@ from typing import Any, TypedDict
 
 PACKAGE = Path(__file__).resolve().parent
 RECORDS = PACKAGE / "proven.json"
+# Kernels of the native library that are made of another one's files: products of torch's library around it.
+MADE_OF = {"linear_gelu": "bias_gelu", "feed_forward": "bias_gelu"}
 OWN = frozenset({"cpu", "cuda", "triton"})  # the backends whose kernels are ours, not PyTorch's
 
 
@@ -107,7 +109,8 @@ def sources(kernel: str, backend: str) -> list[Path]:
     if not (csrc / "ops.cpp").is_file():
         return []
     own = csrc / backend
-    return sorted({*csrc.glob("*.*"), *own.glob("*.h"), *own.glob("*.cuh"), *own.glob(f"{name}.*")})
+    mine = own.glob(f"{MADE_OF.get(name, name)}.*")
+    return sorted({*csrc.glob("*.*"), *own.glob("*.h"), *own.glob("*.cuh"), *mine})
 
 
 def with_imports(path: Path) -> list[Path]:

@@ -63,9 +63,9 @@ def linear_gelu_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "share"])
 def gelu_backward_kernel(
-    GRAD, PRE, OUT, PARTS, tokens, share, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, APPROXIMATE: tl.constexpr
+    GRAD, PRE, BIAS, OUT, PARTS, tokens, share, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, APPROXIMATE: tl.constexpr
 ):  # fmt: skip
-    """GRAD·slope of PRE → OUT [T, N], and its sums over the program's share of the tokens → PARTS [shares, N]."""
+    """GRAD·slope of PRE + BIAS → OUT [T, N], and its sums over a program's share of the tokens → PARTS [shares, N]."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     start = tl.program_id(1) * share
     end = min(start + share, tokens)
@@ -76,6 +76,7 @@ def gelu_backward_kernel(
         mask = (rows < end)[:, None] & (columns < N)[None, :]
         grad = tl.load(GRAD + places, mask=mask, other=0.0).to(tl.float32)
         pre = tl.load(PRE + places, mask=mask, other=0.0).to(tl.float32)
+        pre = with_bias(pre, BIAS, columns, N)
         dpre = grad * gelu_slope(pre, APPROXIMATE, OUT.dtype.element_ty)
         tl.store(OUT + places, dpre.to(OUT.dtype.element_ty), mask=mask)
         total += dpre
@@ -129,17 +130,18 @@ def linear_gelu_backward(
     return dx, dweight, dbias if needed[2] else x.new_empty(0)
 
 
-def gelu_backward(grad: Tensor, pre: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """grad·slope of pre [T, N] and its sums over T [N], in pre's dtype."""
+def gelu_backward(grad: Tensor, pre: Tensor, approximate: str, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """grad·slope of pre + bias [T, N] and its sums over T [N], in pre's dtype."""
     (tokens, columns), card = pre.shape, card_of(pre.device)
     dpre = pre.new_empty(tokens, columns)
     if not dpre.numel():
         return dpre, pre.new_zeros(columns)
     across = triton.cdiv(columns, SUMMED[1])
+    bias = None if bias is None else bias.contiguous()
     share = share_of_rows(tokens, across, SUMMED[0], card)
     parts = pre.new_empty(triton.cdiv(tokens, share), columns, dtype=torch.float32)
     gelu_backward_kernel[across, parts.shape[0]](
-        grad.contiguous(), pre.contiguous(), dpre, parts, tokens, share, columns, ROWS=SUMMED[0], COLUMNS=SUMMED[1],
-        APPROXIMATE=approximate,
+        grad.contiguous(), pre.contiguous(), bias, dpre, parts, tokens, share, columns, ROWS=SUMMED[0],
+        COLUMNS=SUMMED[1], APPROXIMATE=approximate,
     )  # fmt: skip
     return dpre, sum_of_parts(parts, pre.new_empty(columns))

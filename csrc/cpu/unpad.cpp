@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "unpad.h"
 
@@ -50,6 +52,13 @@ void fill_rows(const Mask& mask, int64_t first, int64_t last, const int32_t* cu_
         }
       }
     }
+  });
+}
+
+void order_rows(int64_t rows, const int32_t* cu_seqlens, int32_t* order) {
+  std::iota(order, order + rows, 0);
+  std::stable_sort(order, order + rows, [=](int32_t a, int32_t b) {
+    return cu_seqlens[a + 1] - cu_seqlens[a] > cu_seqlens[b + 1] - cu_seqlens[b];
   });
 }
 

@@ -1,6 +1,8 @@
+#include "unpad.h"
+
 #include <cuda_runtime.h>
 
-#include "unpad.h"
+#include "launch.cuh"
 
 namespace fastbert::cuda {
 namespace {
@@ -9,6 +11,7 @@ constexpr int kWarp = 32;
 constexpr int kRowsPerBlock = 8;  // one warp a row
 constexpr int kScanWarps = 32;
 constexpr int kScanThreads = kWarp * kScanWarps;
+constexpr int kRankThreads = 256;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Bit i: the element at column start + i is real. The same on every lane.
@@ -66,35 +69,43 @@ __global__ void __launch_bounds__(kScanThreads) scan_lengths(int32_t* cu_seqlens
   if (thread == kScanThreads - 1) *total = running;
 }
 
-// indices [T]
+// order [rows]. Each row compares itself with all others, a block's worth of which lies in shared memory at a time.
+__global__ void __launch_bounds__(kRankThreads) rank_rows(const int32_t* cu_seqlens, int64_t rows, int32_t* order) {
+  __shared__ int32_t lengths[kRankThreads];
+  const int thread = threadIdx.x;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRankThreads + thread;
+  const int32_t length = row < rows ? cu_seqlens[row + 1] - cu_seqlens[row] : 0;
+  int32_t before = 0;
+  for (int64_t start = 0; start < rows; start += kRankThreads) {
+    const int64_t place = start + thread;
+    lengths[thread] = place < rows ? cu_seqlens[place + 1] - cu_seqlens[place] : -1;  // behind all that there are
+    __syncthreads();
+    for (int i = 0; i < kRankThreads; ++i) {
+      before += lengths[i] > length || (lengths[i] == length && start + i < row);
+    }
+    __syncthreads();
+  }
+  if (row < rows) order[before] = static_cast<int32_t>(row);
+}
+
+// indices [tokens]
 template <typename Word>
 __global__ void fill_rows(const Word* mask, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
-                          Word keep, const int32_t* cu_seqlens, int64_t* indices) {
+                          Word keep, const int32_t* cu_seqlens, int64_t tokens, int64_t* indices) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.y;
+  const int64_t lanes = static_cast<int64_t>(gridDim.x) * kRowsPerBlock * kWarp;
+  for (int64_t i = cu_seqlens[rows] + row * kWarp + threadIdx.x; i < tokens; i += lanes) indices[i] = -1;
   if (row >= rows) return;
   mask += row * row_stride;
-  indices += cu_seqlens[row];
+  int64_t place = cu_seqlens[row];
   const unsigned lower_lanes = (1u << threadIdx.x) - 1;
 #pragma unroll 4
   for (int64_t start = 0; start < columns; start += kWarp) {
     const unsigned real = real_lanes(mask, start, columns, column_stride, keep);
-    if (real >> threadIdx.x & 1) indices[__popc(real & lower_lanes)] = row * columns + start + threadIdx.x;
-    indices += __popc(real);
+    const int64_t mine = place + __popc(real & lower_lanes);
+    if ((real >> threadIdx.x & 1) && mine < tokens) indices[mine] = row * columns + start + threadIdx.x;
+    place += __popc(real);
   }
-}
-
-const char* words(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // else torch's next check of its own would find this error
-  return cudaGetErrorString(error);
-}
-
-cudaLaunchConfig_t launch_config(dim3 grid, dim3 block, void* stream) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = static_cast<cudaStream_t>(stream);
-  return config;
 }
 
 cudaLaunchConfig_t warp_per_row(int64_t rows, void* stream) {
@@ -108,7 +119,8 @@ const char* problem() {
   return words(cudaFuncGetAttributes(&attributes, scan_lengths));
 }
 
-const char* count(const Mask& mask, int32_t* cu_seqlens, int64_t* total_on_device, int64_t* total, void* stream) {
+const char* count(const Mask& mask, int32_t* cu_seqlens, int32_t* order, int64_t* total_on_device, int64_t* total,
+                  void* stream) {
   if (mask.rows > 0) {
     const cudaLaunchConfig_t config = warp_per_row(mask.rows, stream);
     const cudaError_t error = with_element_type(mask, [&](auto zero) {
@@ -120,19 +132,24 @@ const char* count(const Mask& mask, int32_t* cu_seqlens, int64_t* total_on_devic
   }
   const cudaLaunchConfig_t config = launch_config(dim3(1), dim3(kScanThreads), stream);
   cudaError_t error = cudaLaunchKernelEx(&config, scan_lengths, cu_seqlens, mask.rows, total_on_device);
-  if (error != cudaSuccess) return words(error);
+  if (error == cudaSuccess && mask.rows > 0) {
+    const auto ranks = launch_config(dim3(ceil_div(mask.rows, kRankThreads)), dim3(kRankThreads), stream);
+    error = cudaLaunchKernelEx(&ranks, rank_rows, cu_seqlens, mask.rows, order);
+  }
+  if (error != cudaSuccess || total == nullptr) return words(error);
   error = cudaMemcpyAsync(total, total_on_device, sizeof(*total), cudaMemcpyDeviceToHost, config.stream);
   if (error != cudaSuccess) return words(error);
   return words(cudaStreamSynchronize(config.stream));
 }
 
-const char* fill(const Mask& mask, const int32_t* cu_seqlens, int64_t* indices, void* stream) {
-  if (mask.rows == 0) return nullptr;
-  const cudaLaunchConfig_t config = warp_per_row(mask.rows, stream);
+const char* fill(const Mask& mask, const int32_t* cu_seqlens, int64_t tokens, int64_t* indices, void* stream) {
+  if (tokens == 0) return nullptr;
+  const cudaLaunchConfig_t config = warp_per_row(mask.rows > 0 ? mask.rows : 1, stream);
   return words(with_element_type(mask, [&](auto zero) {
     using Word = decltype(zero);
     return cudaLaunchKernelEx(&config, fill_rows<Word>, static_cast<const Word*>(mask.data), mask.rows, mask.columns,
-                              mask.row_stride, mask.column_stride, static_cast<Word>(mask.keep), cu_seqlens, indices);
+                              mask.row_stride, mask.column_stride, static_cast<Word>(mask.keep), cu_seqlens, tokens,
+                              indices);
   }));
 }
 

@@ -8,6 +8,7 @@ from fastbert.ops.declare import (
     FORWARD,
     add_layer_norm,
     attention,
+    bias_gelu,
     dropout_bits,
     embed_layer_norm,
     feed_forward,
@@ -22,7 +23,6 @@ from fastbert.ops.registry import BACKENDS, Backend, BackendRefused, Call, Op, r
 
 __all__ = [
     "ALL", "BACKENDS", "BACKWARD", "FORWARD", "LENGTH_CLASSES", "Backend", "BackendRefused", "Call", "Op",
-    "PackedWeight", "add_layer_norm", "attention", "dropout_bits", "embed_layer_norm", "feed_forward", "linear",
-    "linear_gelu", "pack_weight", "packs", "pad", "record", "unpad", "use_backend",
-    "use_batch_invariant",
+    "PackedWeight", "add_layer_norm", "attention", "bias_gelu", "dropout_bits", "embed_layer_norm", "feed_forward",
+    "linear", "linear_gelu", "pack_weight", "packs", "pad", "record", "unpad", "use_backend", "use_batch_invariant",
 ]  # fmt: skip

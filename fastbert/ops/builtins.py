@@ -444,6 +444,19 @@ def linear_gelu_backward(
     )
 
 
+def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    return F.gelu(x if bias is None else x + bias, approximate=approximate)
+
+
+def bias_gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str, needed: list[bool]
+) -> tuple[Tensor, ...]:
+    pre = x if bias is None else x + bias
+    dx = torch.ops.aten.gelu_backward(grad.contiguous(), pre, approximate=approximate)
+    dbias = x.new_empty(0) if bias is None else dx.sum(0, dtype=statistics_dtype(dx)).to(bias.dtype)
+    return only(needed, dx, dbias)
+
+
 def feed_forward(
     x: Tensor, w1: Tensor | PackedWeight, b1: Tensor | None, w2: Tensor | PackedWeight, b2: Tensor | None,
     approximate: str = "none", save: bool = False,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastbert import native
 from fastbert.ops import builtins, reference
+from fastbert.ops.cuda import cuda_backends
 from fastbert.ops.kernels import triton_backend
 from fastbert.ops.packed import PackedWeight
 from fastbert.ops.reference import LENGTH_CLASSES, statistics_dtype
@@ -23,12 +24,15 @@ TRITON_FIRST = ("embed_layer_norm", "dropout_bits", "attention", "add_layer_norm
 def declare(
     name: str, schema: str, fake: Any, check: Any, gradient: Gradient | None = None, first: tuple[Backend, ...] = ()
 ) -> Op:
-    """An op with the three backends that every op has, tried after those of `first`."""
+    """An op with the three backends that every op has, tried after those of `first`; "cuda" behind them, if it has it.
+
+    No CUDA kernel was measured yet: on a GPU one runs where it is asked for, or where all before it refuse.
+    """
     op = Op(name, schema, fake, check, gradient)
     usual = [Backend("torch", getattr(builtins, name)), triton_backend(name)]
     if name.removesuffix("_backward") in TRITON_FIRST:
         usual.reverse()
-    for backend in (*first, *usual, Backend("reference", getattr(reference, name))):
+    for backend in (*first, *usual, *cuda_backends(name), Backend("reference", getattr(reference, name))):
         op.add(backend)
     return op
 
@@ -100,11 +104,6 @@ def fake_unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor, Tensor]:
     return mask.new_empty(size, dtype=torch.int64), bounds, order
 
 
-def native_unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    indices, cu_seqlens = native.unpad(mask, tokens)
-    return indices, cu_seqlens, builtins.longest_first(cu_seqlens)
-
-
 def refuse_native_unpad(mask: Tensor, tokens: int = -1) -> list[str]:
     reasons = native.refuse(mask.device.type)
     return (
@@ -117,9 +116,8 @@ unpad = declare(
     "(Tensor mask, SymInt tokens=-1) -> (Tensor indices, Tensor cu_seqlens, Tensor order)",
     fake_unpad,
     check_unpad,
-    first=(Backend("cpu", native_unpad, refuse_native_unpad, devices=("cpu",)),),
+    first=(Backend("cpu", native.unpad, refuse_native_unpad, devices=("cpu",)),),
 )
-unpad.add(Backend("cuda", native_unpad, refuse_native_unpad, devices=("cuda",)))  # unmeasured: behind "torch"
 
 # pad
 
@@ -523,8 +521,50 @@ feed_forward = declare(
     Gradient(feed_forward_backward, of=("x", "w1", "b1", "w2", "b2"), unread=("b1",)),
 )
 
+# bias_gelu
+
+
+def check_bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> list[str]:
+    reasons = shape_reasons(x=(x, (None, None)))
+    reasons = reasons or shape_reasons(bias=(bias, (x.shape[1],))) + approximate_reasons(approximate)
+    if bias is not None and bias.dtype != x.dtype:
+        reasons.append(f"x is {x.dtype} and bias is {bias.dtype}")
+    return reasons
+
+
+def fake_bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def check_bias_gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str, needed: list[bool]
+) -> list[str]:
+    return check_bias_gelu(x, bias, approximate) or shape_reasons(grad=(grad, tuple(x.shape)))
+
+
+def fake_bias_gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str, needed: list[bool]
+) -> tuple[Tensor, ...]:
+    return like_needed(needed, x, bias)
+
+
+bias_gelu_backward = declare(
+    "bias_gelu_backward",
+    "(Tensor grad, Tensor x, Tensor? bias, str approximate, bool[] needed) -> (Tensor x_grad, Tensor bias_grad)",
+    fake_bias_gelu_backward,
+    check_bias_gelu_backward,
+)
+
+bias_gelu = declare(
+    "bias_gelu",
+    '(Tensor x, Tensor? bias=None, str approximate="none") -> Tensor y',
+    fake_bias_gelu,
+    check_bias_gelu,
+    Gradient(bias_gelu_backward, of=("x", "bias")),
+)
+
 FORWARD: tuple[Op, ...] = (
-    unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
+    unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward, bias_gelu,
 )  # fmt: skip
 BACKWARD: tuple[Op, ...] = tuple(op.gradient.op for op in FORWARD if op.gradient is not None)
 ALL: tuple[Op, ...] = FORWARD + BACKWARD

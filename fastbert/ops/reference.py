@@ -240,6 +240,20 @@ def gelu_backward(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
     return grad * slope
 
 
+def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """x [T, I], bias [I] → gelu(x + bias) [T, I]."""
+    return gelu(up(x) + (up(bias) if bias is not None else 0), approximate).to(x.dtype)
+
+
+def bias_gelu_backward(
+    grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str, needed: list[bool]
+) -> tuple[Tensor, ...]:
+    """grad [T, I] → the gradients of x, bias."""
+    dx = gelu_backward(up(grad), up(x) + (up(bias) if bias is not None else 0), approximate)
+    dbias = x.new_empty(0) if bias is None else dx.sum(0).to(bias.dtype)
+    return only(needed, dx.to(x.dtype), dbias)
+
+
 def linear_gelu(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, approximate: str = "none", save: bool = False
 ) -> tuple[Tensor, Tensor]:

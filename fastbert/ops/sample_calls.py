@@ -190,10 +190,18 @@ def feed_forward(draw: Draw) -> Calls:
     yield "tanh, saved", (x, *products, "tanh", True)
 
 
+def bias_gelu(draw: Draw) -> Calls:
+    inner = draw.sizes.inner
+    x, bias = draw.rows(inner), draw.normal(inner, scale=0.5)
+    yield "erf", (x, bias, "none")
+    yield "tanh, no bias", (x, None, "tanh")
+
+
 MAKERS: dict[str, Callable[[Draw], Calls]] = {
     maker.__name__: maker
     for maker in (
         unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
+        bias_gelu,
     )
 }  # fmt: skip
 

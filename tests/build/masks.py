@@ -11,10 +11,11 @@ DTYPES += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 511, 512, 0]  # around the tiles of kernels to come, and an empty row
 
 
-def expected_unpad(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """indices [T] int64, cu_seqlens [B + 1] int32 of mask [B, S]"""
+def expected_unpad(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """indices [T] int64, cu_seqlens [B + 1] int32, order [B] int32 of mask [B, S]"""
     lengths = mask.ne(0).sum(1)
-    return mask.flatten().nonzero().flatten(), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    return mask.flatten().nonzero().flatten(), bounds, lengths.argsort(descending=True, stable=True).int()
 
 
 def random_mask(rows: int, columns: int) -> Tensor:

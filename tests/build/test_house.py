@@ -20,6 +20,7 @@ LEVELS = [
     ["fastbert.ops.declare"],
     [
         "fastbert.ops.builtins",
+        "fastbert.ops.cuda",
         "fastbert.ops.kernels",
         "fastbert.ops.registry",
         "fastbert.ops.self_check",

@@ -10,7 +10,7 @@ from shutil import which
 import pytest
 import torch
 
-from fastbert import native
+from fastbert import native, ops
 
 # torch's stable C interface, the C and C++ runtimes; nothing of c10::, at:: or torch::, which change between versions
 STABLE = re.compile(r"(aoti_torch_|torch_)\w+$|_ZNK?St\w+$|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")
@@ -78,6 +78,26 @@ def test_no_cuda_half(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.refuse("cpu") == []
     assert native.refuse("cuda") == ["the native library has no CUDA kernels: nvcc was not found"]
     assert native.refuse("mps") == ["the native library has no kernels for mps"]
+
+
+def test_cuda_kernels_run_on_a_cpu_where_they_are_emulated_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, one, backend = torch.ones(2, 8), torch.ones(8), ops.add_layer_norm.backends["cuda"]
+    monkeypatch.setattr(native, "_emulated", "")
+    assert backend.reasons(x, None, x, one, one, 1e-12) == ["it runs on cuda, not on cpu"]
+    with ops.use_backend("cuda"), pytest.raises(ops.BackendRefused, match="it runs on cuda, not on cpu"):
+        ops.add_layer_norm(x, None, x, one, one, 1e-12)
+    monkeypatch.setattr(native, "_emulated", "some")
+    assert backend.reasons(x, None, x, one, one, 1e-12) == []
+    assert backend not in ops.add_layer_norm.order("cpu")
+    wide = torch.ones(2, 4104, dtype=torch.float64)
+    gain = torch.ones(4104)
+    assert backend.reasons(wide, None, wide, gain, gain, 1e-12) == [
+        "hidden size 4104 is over 4096",
+        "x is torch.float64: it takes float32, float16 and bfloat16",
+        "residual is torch.float64: it takes float32, float16 and bfloat16",
+        "gamma is torch.float32 and residual torch.float64",
+        "beta is torch.float32 and residual torch.float64",
+    ]
 
 
 def test_a_card_or_driver_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,9 @@ def test_the_readme_says_what_is_proven_where():
 @pytest.mark.parametrize(("kernel", "backend"), OWN)
 def test_a_kernel_has_sources(kernel, backend):
     names = [path.name for path in proven.sources(kernel, backend)]
-    assert any(name.startswith(f"{kernel.removesuffix('_backward')}.") for name in names)
+    kernel = kernel.removesuffix("_backward")
+    made_of = kernel if backend == "triton" else proven.MADE_OF.get(kernel, kernel)
+    assert any(name.startswith(f"{made_of}.") for name in names)
     if backend != "triton":
         assert "ops.cpp" in names
 
@@ -257,10 +259,11 @@ def test_the_table_has_every_card(monkeypatch, setup_py):
     cards = [card for line in lines[2:] for card in line.split("|")[1].strip().split(", ")]
     assert sorted(cards) == sorted(["CPU", *(f"sm_{arch.rstrip('a')}" for arch in setup_py.CUDA_ARCHS)])
     triton = ", ".join(f"{op.name} (triton)" for op in ops.FORWARD)
+    others = ", ".join(f"{op.name} (cuda)" for op in ops.FORWARD if "cuda" in op.backends and op is not ops.unpad)
     assert "| CPU | nothing | unpad |" in lines
-    assert "| sm_75 | nothing | unpad (cuda) |" in lines, "Triton's kernels need sm_80"
-    assert f"| sm_80, sm_86, sm_89, sm_100, sm_120 | nothing | {triton}, unpad (cuda) |" in lines
-    assert f"| sm_90 | unpad (cuda): int64; NVIDIA H200 (sm_90) | {triton} |" in lines
+    assert f"| sm_75 | nothing | unpad (cuda), {others} |" in lines, "Triton's kernels need sm_80"
+    assert f"| sm_80, sm_86, sm_89, sm_100, sm_120 | nothing | {triton}, unpad (cuda), {others} |" in lines
+    assert f"| sm_90 | unpad (cuda): int64; NVIDIA H200 (sm_90) | {triton}, {others} |" in lines
 
 
 def test_the_oldest_card_of_triton():

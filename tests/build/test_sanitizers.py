@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 SHARED = "-fsanitize-sections=emulated_shared"  # watches the emulator's __shared__ arrays too
-NATIVE, EMULATED = "tests/build/test_*_native.py", "tests/build/test_*_emulated.py"
+NATIVE, EMULATED = "tests/build/test_*_native.py", "tests/build/test_unpad_emulated.py"
+ON_GPU = ("add_layer_norm", "bias_gelu", "dropout_bits", "embed_layer_norm", "feed_forward", "pad", "unpad")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def environment(compiler: str) -> dict[str, str]:
 def tree(tmp_path: Path) -> Iterator[Path]:
     """A copy of the repository without a library."""
     ignored = shutil.ignore_patterns("__pycache__", "_native.*")
-    for folder in ("fastbert", "kernels", "csrc", "tests"):
+    for folder in ("benchmarks", "fastbert", "kernels", "csrc", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for file in ("pyproject.toml", "setup.py"):
         shutil.copy(ROOT / file, tmp_path)
@@ -67,9 +68,9 @@ def build(tree: Path, setup_py: ModuleType, compiler: str) -> None:
     (tree / "fastbert/_native.json").write_text(json.dumps({"library": "", "cuda": "not compiled with sanitizers"}))
 
 
-def run_tests(tree: Path, environment: dict[str, str], *tests: str) -> tuple[bool, str]:
+def run_tests(tree: Path, environment: dict[str, str], *tests: str, chosen: str = "not planted") -> tuple[bool, str]:
     """Whether pytest ran these tests without a failure, and all that was written."""
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", "not planted", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", chosen, *tests]
     run = subprocess.run(
         command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -88,13 +89,21 @@ def test_no_error_is_found(
     assert "skipped" not in said and re.search(r"\b\d\d+ passed", said), said
 
 
+def test_no_error_is_found_in_the_cuda_kernels(tree: Path, environment: dict[str, str]) -> None:
+    """By what tests/ops asks of them, emulated."""
+    files = [f"tests/ops/test_{op}.py" for op in ON_GPU]
+    passed, said = run_tests(tree, environment, *files, "-m", "not slow", chosen="cuda and not opcheck")
+    assert passed, said
+    assert re.search(r"\b\d\d\d passed", said), said
+
+
 def test_every_op_of_the_library_has_tests_here() -> None:
-    ops = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
-    assert "unpad" in ops
-    for op in set(ops) - {"cuda_problem"}:
+    source = (ROOT / "csrc/ops.cpp").read_text()
+    on_cpu = source.partition("STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m)")[2].partition("}")[0]
+    assert re.findall(r'm\.impl\("(\w+)"', on_cpu) == ["unpad"]
+    for op in re.findall(r'm\.impl\("(\w+)"', on_cpu):
         assert (ROOT / f"tests/build/test_{op}_native.py").is_file(), op
-    for kernel in (ROOT / "csrc/cuda").glob("*.cu"):
-        assert (ROOT / f"tests/build/test_{kernel.stem}_emulated.py").is_file(), kernel
+    assert {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} <= set(ON_GPU)
 
 
 NATIVE_TESTS, EMULATED_TESTS = "tests/build/test_unpad_native.py", "tests/build/test_unpad_emulated.py"
@@ -144,6 +153,13 @@ PLANTED = {  # file, what is right, what is wrong, the test that comes by it, wh
         CUDA, "int32_t length = 0;", "int32_t length = 2147483647;", EMULATED_ALL_REAL, "signed integer overflow",
     ),
 }  # fmt: skip
+IN_CUDA = {
+    "a column read behind the last row": (
+        "i < left ? to_float(from[i])",
+        "i < left ? to_float(from[i]) : left > 0 ? 0 * to_float(from[i])",
+    ),
+    "a column written behind the last row": ("if (i < left) to[i]", "if (i <= left) to[i]"),
+}
 
 
 @pytest.mark.parametrize("error", PLANTED)
@@ -157,3 +173,14 @@ def test_planted_errors_are_found(
     build(tree, setup_py, compiler)
     passed, said = run_tests(tree, environment, test)
     assert not passed and words in said, said
+
+
+@pytest.mark.parametrize("error", IN_CUDA)
+def test_planted_errors_in_the_cuda_kernels_are_found(error: str, tree: Path, environment: dict[str, str]) -> None:
+    right, wrong = IN_CUDA[error]
+    source = (tree / "csrc/cuda/rows.cuh").read_text()
+    assert source.count(right) == 1
+    (tree / "csrc/cuda/rows.cuh").write_text(source.replace(right, wrong))
+    test = "tests/ops/test_add_layer_norm.py::test_parity[add_layer_norm-odd-float32-cuda]"
+    passed, said = run_tests(tree, environment, test)
+    assert not passed and "heap-buffer-overflow" in said, said

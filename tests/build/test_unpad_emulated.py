@@ -1,4 +1,4 @@
-"""csrc/cuda/unpad.cu without a GPU: compiled unchanged for the CPU over emulator/cuda_runtime.h."""
+"""csrc/cuda/unpad.cu without a GPU: compiled unchanged for the CPU over tests/emulator/cuda_runtime.h."""
 
 import ctypes
 import os
@@ -14,10 +14,10 @@ from torch import Tensor
 from tests.build.conftest import ROOT
 from tests.build.masks import CASES, expected_unpad
 
-EMULATOR = Path(__file__).parent / "emulator"
+EMULATOR = ROOT / "tests/emulator"
 GUARD = 2048  # elements on either side of each output that must stay as they were
 UNTOUCHED = -7
-Unpad = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Unpad = Callable[[Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
 
 
 class Mask(ctypes.Structure):  # csrc/unpad.h
@@ -37,19 +37,25 @@ def compile_emulated(csrc: Path, compiler: str, target: Path) -> Unpad:
     library = ctypes.CDLL(str(target))
     library.emulated_count.restype = library.emulated_fill.restype = ctypes.c_char_p
 
-    def unpad(mask: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    def unpad(mask: Tensor, order: int, more: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """more: of indices than there are tokens, as if the host had told so many."""
         keep = 2 ** (8 * mask.element_size() - 1) - 1 if mask.is_floating_point() else 2**64 - 1
         view = Mask(mask.data_ptr(), *mask.shape, *mask.stride(), mask.element_size(), keep)
         cu_seqlens, cu_pointer, check_cu_seqlens = guarded(mask.shape[0] + 1, torch.int32)
+        ranked, ranked_pointer, check_ranked = guarded(mask.shape[0], torch.int32)
         total = ctypes.c_int64(UNTOUCHED)
-        raise_words(library.emulated_count(ctypes.byref(view), order, cu_pointer, ctypes.byref(total)))
+        raise_words(library.emulated_count(ctypes.byref(view), order, cu_pointer, ranked_pointer, ctypes.byref(total)))
         check_cu_seqlens()
+        check_ranked()
         if not 0 <= total.value <= mask.numel():
             raise RuntimeError(f"{total.value} real tokens")
-        indices, indices_pointer, check_indices = guarded(total.value, torch.int64)
-        raise_words(library.emulated_fill(ctypes.byref(view), order, cu_pointer, indices_pointer))
+        tokens = max(total.value + more, 0)
+        indices, indices_pointer, check_indices = guarded(tokens, torch.int64)
+        raise_words(
+            library.emulated_fill(ctypes.byref(view), order, cu_pointer, ctypes.c_int64(tokens), indices_pointer)
+        )
         check_indices()
-        return indices, cu_seqlens
+        return indices, cu_seqlens, ranked
 
     return unpad
 
@@ -79,13 +85,18 @@ def emulated(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Unpad:
 def problem(unpad: Unpad, mask: Tensor, order: int) -> str:
     """ "" or what is wrong with the result"""
     try:
-        indices, cu_seqlens = unpad(mask, order)
+        found = unpad(mask, order, 0), unpad(mask, order, 5), unpad(mask, order, -3)
     except RuntimeError as error:
         return str(error)
-    expected_indices, expected_cu_seqlens = expected_unpad(mask)
-    if not torch.equal(cu_seqlens, expected_cu_seqlens):
-        return "cu_seqlens differ"
-    return "" if torch.equal(indices, expected_indices) else "indices differ"
+    expected_indices, *expected = expected_unpad(mask)
+    wanted = expected_indices, torch.cat([expected_indices, torch.full((5,), -1)]), expected_indices[:-3]
+    for (indices, *others), right in zip(found, wanted, strict=True):
+        for name, ours, theirs in zip(("cu_seqlens", "order"), others, expected, strict=True):
+            if not torch.equal(ours, theirs):
+                return f"{name} differ"
+        if not torch.equal(indices, right):
+            return "indices differ"
+    return ""
 
 
 @pytest.mark.parametrize("order", [0, 1], ids=["first warp first", "last warp first"])
@@ -108,13 +119,21 @@ PLANTED = {
     "shares rounded down": ("(rows + kScanThreads - 1) / kScanThreads", "rows / kScanThreads"),
     "the last shares run over the end": ("first + share < rows ? first + share : rows", "first + share"),
     "no zero in front": ("if (thread == 0) cu_seqlens[0] = 0;", ""),
+    "no barrier before the lengths are compared": (f": -1;  // behind all that there are\n  {BARRIER}", ": -1;\n"),
+    "no barrier before the lengths are overwritten": (
+        f"    }}\n  {BARRIER}  }}\n  if (row < rows) order",
+        "    }\n  }\n  if (row < rows) order",
+    ),
+    "equal lengths in any order": ("start + i < row", "false"),
+    "more tokens than there are not marked": ("indices[i] = -1;", ";"),
+    "fewer tokens than there are written on": (" && mine < tokens", ""),
     "rows behind the last are counted": ("if (row >= rows) return;", ""),
     "columns behind the last are read": ("column < columns && ", ""),
     "the column's stride is forgotten": ("row[column * stride]", "row[column]"),
     "32-bit row offsets": ("mask += row * row_stride;", "mask += static_cast<unsigned>(row * row_stride);"),
     "the sign of zero counts": ("& keep) != 0", "| 0 * keep) != 0"),
     "a lane counts itself": ("(1u << threadIdx.x) - 1", "(2u << threadIdx.x) - 1"),
-    "every step is a full warp": ("indices += __popc(real);", "indices += kWarp;"),
+    "every step is a full warp": ("place += __popc(real);", "place += kWarp;"),
     "columns not numbered through": ("row * columns + start", "row * columns + start % 256"),
 }
 

@@ -27,10 +27,10 @@ def cpu() -> None:
 
 
 def check(mask: torch.Tensor) -> None:
-    indices, cu_seqlens = native.unpad(mask)
-    assert (indices.dtype, cu_seqlens.dtype) == (torch.int64, torch.int32)
-    assert indices.device == cu_seqlens.device == mask.device
-    for ours, expected in zip((indices, cu_seqlens), expected_unpad(mask), strict=True):
+    found = native.unpad(mask)
+    assert [x.dtype for x in found] == [torch.int64, torch.int32, torch.int32]
+    assert {x.device for x in found} == {mask.device}
+    for ours, expected in zip(found, expected_unpad(mask), strict=True):
         assert torch.equal(ours, expected)
 
 
@@ -209,7 +209,8 @@ def test_no_memory_in_words() -> None:
 def test_indices_beyond_32_bits(device: str) -> None:
     mask = torch.zeros(1, 4096, dtype=torch.bool, device=device)
     mask[0, -1] = True
-    indices, cu_seqlens = native.unpad(mask.expand(2**20 + 1, 4096))
+    indices, cu_seqlens, order = native.unpad(mask.expand(2**20 + 1, 4096))
+    assert torch.equal(order, torch.arange(2**20 + 1, dtype=torch.int32, device=device))
     rows = torch.arange(2**20 + 2, device=device)
     assert torch.equal(indices, rows[:-1] * 4096 + 4095)
     assert torch.equal(cu_seqlens, rows.int())

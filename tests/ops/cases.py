@@ -236,10 +236,18 @@ def feed_forward_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, A
     yield "saved", (x, w1, b1, w2, b2, "none", True)
 
 
+def bias_gelu_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    x, bias = normal(case.tokens, case.intermediate, like="x"), normal(case.intermediate, like="b1", scale=0.5)
+    yield "", (x, bias, "none")
+    yield "tanh", (x, bias, "tanh")
+    yield "no bias, far tails", (x * 4, None, "none")
+
+
 ATTENTION = Spec(ops.attention, attention_inputs, stock.attention_and_lse)
 ADD_LAYER_NORM = Spec(ops.add_layer_norm, add_layer_norm_inputs, add_layer_norm_stock, rows=(0, 2))
 EMBED_LAYER_NORM = Spec(ops.embed_layer_norm, embed_layer_norm_inputs, embed_layer_norm_stock, rows=())
 LINEAR = Spec(ops.linear, linear_inputs, stock.linear, weights=(1,))
 LINEAR_GELU = Spec(ops.linear_gelu, linear_gelu_inputs, stock.linear_gelu_and_pre, weights=(1,))
 FEED_FORWARD = Spec(ops.feed_forward, feed_forward_inputs, stock.feed_forward_and_pre, weights=(1, 3))
-SPECS = (ATTENTION, ADD_LAYER_NORM, EMBED_LAYER_NORM, LINEAR, LINEAR_GELU, FEED_FORWARD)
+BIAS_GELU = Spec(ops.bias_gelu, bias_gelu_inputs, stock.bias_gelu)
+SPECS = (ATTENTION, ADD_LAYER_NORM, EMBED_LAYER_NORM, LINEAR, LINEAR_GELU, FEED_FORWARD, BIAS_GELU)

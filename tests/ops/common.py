@@ -9,7 +9,7 @@ import torch
 
 from fastbert import ops
 from fastbert.parity import judge
-from tests import interpreter
+from tests import emulated, interpreter
 from tests.ops.cases import CASES, NO_TOKENS, Arguments, Case, Spec, cast
 
 EDGES = CASES[0]
@@ -40,6 +40,15 @@ class Backend:
         return self.name == "triton" and self.device == "cpu"
 
     @property
+    def emulated(self) -> bool:
+        """Whether it is CUDA on the CPU, ten to a hundred times slower."""
+        return self.name == "cuda" and self.device == "cpu"
+
+    @property
+    def takes_float64(self) -> bool:
+        return self.name not in ("triton", "cuda")
+
+    @property
     def edges(self) -> Case:
         """The case of tests that take one: its third sequence has 128 tokens."""
         return FEW_EDGES if self.interpreted else EDGES
@@ -58,14 +67,15 @@ def backends_of(spec: Spec, devices: tuple[str, ...]) -> Iterator[Backend]:
     for device in devices:
         for name in names_here(spec.op, device):
             yield Backend(name, device)
-            if spec.weights and device == "cpu" and name != "triton":
+            if spec.weights and device == "cpu" and name not in ("triton", "cuda"):
                 yield Backend(name, device, packed=True)
 
 
 def names_here(op: ops.Op, device: str) -> list[str]:
-    """The names of the backends that are tested on a device; on a CPU Triton's by its interpreter."""
+    """The names of the backends that are tested on a device; on a CPU Triton's by its interpreter, CUDA's emulated."""
     found = [backend.name for backend in op.order(device)]
-    return [*found, "triton"] if device == "cpu" and "triton" in op.backends and interpreter.is_here() else found
+    more = {"triton": interpreter.is_here, "cuda": emulated.is_here} if device == "cpu" else {}
+    return [*found, *(name for name, is_here in more.items() if name in op.backends and is_here())]
 
 
 def judged(

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from tests import emulated
 from tests.ops.cases import CASES, DEVICES, DTYPES
-from tests.ops.common import backends_of
+from tests.ops.common import Backend, backends_of
 
 pytest.register_assert_rewrite("tests.ops.gradients")
 
@@ -26,14 +27,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
     backends = list(backends_of(spec, DEVICES))  # last, so that they follow one another: they share ref and base
     if metafunc.function.__name__ == "test_gradcheck":
-        backends = [b for b in backends if b.name != "triton"]  # which takes no float64
+        backends = [b for b in backends if b.takes_float64]
     if "backend" in names:
         metafunc.parametrize("backend", backends, ids=str)
     if "plain_backend" in names:
         metafunc.parametrize("plain_backend", [b for b in backends if not b.packed], ids=str)
 
 
-QUICK_CASES = {  # in the interpreter; the kernels' own tests add lengths and head sizes at tile boundaries
+QUICK_CASES = {  # interpreted or emulated; the kernels' own tests add lengths and head sizes at tile boundaries
     "float32": ("edges", "odd", "narrow", "empty_ends", "no_tokens"),
     "bfloat16": ("edges", "odd", "narrow", "equal"),
     "float16": ("odd", "equal"),
@@ -42,11 +43,11 @@ QUICK_CASES = {  # in the interpreter; the kernels' own tests add lengths and he
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """In the interpreter a few cases in each dtype are quick, and bfloat16 alone for what does not depend on it."""
+    """Interpreted or emulated a few cases in each dtype are quick, bfloat16 alone for what does not depend on it."""
     for item in items:
         given = getattr(item, "callspec", None)
         found = given.params.get("backend", given.params.get("plain_backend")) if given else None
-        if not getattr(found, "interpreted", False) or "dtype" not in given.params:
+        if not isinstance(found, Backend) or not (found.interpreted or found.emulated) or "dtype" not in given.params:
             continue
         dtype = str(given.params["dtype"]).removeprefix("torch.")
         case = given.params.get("case", given.params.get("gradient_case"))
@@ -54,6 +55,13 @@ def pytest_collection_modifyitems(items):
         other = dtype != "bfloat16" if case is None else str(case) not in QUICK_CASES[dtype]
         if is_long or other:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _emulated():
+    """The CUDA kernels on the CPU, compiled where there is a compiler."""
+    if emulated.is_here():
+        emulated.load()
 
 
 @pytest.fixture(autouse=True)

@@ -94,8 +94,8 @@ def gelu_slopes(spec: Spec, dtype: torch.dtype, approximate: str, backend: Backe
     """
     x, eye, *_ = cast(gelu_inputs(dtype, approximate), dtype, backend.device)
     x = x if approximate == "none" else x.where(x.abs() < 2**40, 0)
-    second = (eye, None) if spec.op.name == "feed_forward" else ()
-    arguments, ones = (x, eye, None, *second, approximate), torch.ones_like(x)
+    weights = {"bias_gelu": (), "linear_gelu": (eye,), "feed_forward": (eye, None, eye)}[spec.op.name]
+    arguments, ones = (x, *weights, None, approximate), torch.ones_like(x)
     _, ref, base = ref_and_base(spec, arguments, ones)
     found = gradients(spec, arguments, ones, backend), ref, base
     return tuple(gradient["x_grad"].cpu() for gradient in found)
@@ -216,7 +216,7 @@ def test_only_what_is_needed_is_returned(spec, dtype, plain_backend):
 
 def test_gradients_share_no_memory(spec, plain_backend):
     """No gradient is a view of an input, of the upstream gradient or of another one; nothing of these is written."""
-    wide = () if plain_backend.name == "triton" else (torch.float64,)
+    wide = (torch.float64,) if plain_backend.takes_float64 else ()
     for dtype in (torch.float32, torch.bfloat16, *wide):
         for _, rounded, grad, *_ in expected(spec.op.name, plain_backend.edges, dtype, plain_backend.device):
             inputs = [t for t in (*rounded, grad) if isinstance(t, torch.Tensor)]

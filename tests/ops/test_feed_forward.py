@@ -43,4 +43,5 @@ def test_it_is_two_products(dtype, backend):
         for save in (False, True):
             y, pre = ops.feed_forward(x, w1, b1, w2, b2, save=save)
             inner, same = ops.linear_gelu(x, w1, b1, save=save)
-            assert torch.equal(y, ops.linear(inner, w2, b2)) and torch.equal(pre, same)
+            with ops.use_backend(backend.name, "torch"):  # whose products the CUDA kernels stand behind
+                assert torch.equal(y, ops.linear(inner, w2, b2)) and torch.equal(pre, same)

@@ -112,6 +112,7 @@ PLANTS: dict[str, dict[str, Plant]] = {
     "dGELU by tanh": {
         "linear_gelu": with_arguments(approximate=lambda given: "tanh"),
         "feed_forward": with_arguments(approximate=lambda given: "tanh"),
+        "bias_gelu": with_arguments(approximate=lambda given: "tanh"),
     },
     "dGELU of x·Φ(x) without its second term": {
         "linear_gelu": lambda given, run: run(grad=given["grad"] * slope_share(given)),
@@ -119,8 +120,9 @@ PLANTS: dict[str, dict[str, Plant]] = {
     "pre-activation recomputed without its bias": {
         "linear_gelu": with_arguments(bias=lambda given: None),
         "feed_forward": with_arguments(b1=lambda given: None),
+        "bias_gelu": with_arguments(bias=lambda given: None if given["bias"] is None else given["bias"] * 0),
     },
-    "db1 missing": {"linear_gelu": zeroed("bias"), "feed_forward": zeroed("b1")},
+    "db1 missing": {"linear_gelu": zeroed("bias"), "feed_forward": zeroed("b1"), "bias_gelu": zeroed("bias")},
     "db2 of the wrong tensor": {"feed_forward": with_gradients(b2=lambda given, g: given["x"].sum(0))},
     "dW2 of x of other rows": {"feed_forward": with_arguments(x=lambda given: moved(given["x"]))},
     "db missing": {"linear": zeroed("bias")},
@@ -244,7 +246,7 @@ def verdicts(forward: str, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
     for case in CHECKED:
         for check, ratio in gradient_verdicts(spec, case, dtype, TORCH):
             yield check.replace("_backward/torch", ""), ratio
-    if forward in ("linear_gelu", "feed_forward"):
+    if forward in ("linear_gelu", "feed_forward", "bias_gelu"):
         yield f"{forward}, GELU's slope", judge(*gelu_slopes(spec, dtype, "none", TORCH), elementwise=True).ratio
 
 
