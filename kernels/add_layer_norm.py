@@ -79,6 +79,8 @@ def row_gradients(grad, normalized, gamma, rstd, H: tl.constexpr, EXACT: tl.cons
 
     Ba et al. 2016: rstd · (grad·γ - mean(grad·γ) - normalized · mean(grad·γ · normalized)).
     """
+    if H == 1:
+        return grad * 0.0  # what one element is normalized to does not depend on it
     projection = row_mean(grad * gamma, normalized, H, EXACT)
     projected = tl.fma(normalized, projection, row_mean(grad, gamma, H, EXACT))
     return tl.fma(grad, gamma, -projected) * rstd  # rounded once where both are near to each other

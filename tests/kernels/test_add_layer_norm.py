@@ -149,21 +149,21 @@ def test_refusals_in_words():
 
 
 @triton.jit
-def without_eps(x, inside, eps, H: tl.constexpr):
-    mean = kernels.row_mean(x, H)
+def without_eps(x, inside, eps, H: tl.constexpr, EXACT: tl.constexpr):
+    mean = kernels.row_mean(x, 1.0, H, EXACT)
     centred = tl.where(inside, x - mean, 0.0)
-    return centred, mean, kernels.reciprocal_root(kernels.row_mean(centred * centred, H) + 1e-37)
+    return centred, mean, kernels.reciprocal_root(kernels.row_mean(centred, centred, H, EXACT) + 1e-37)
 
 
 @triton.jit
-def not_centred(x, inside, eps, H: tl.constexpr):
-    mean = kernels.row_mean(x, H)
-    return x, mean, kernels.reciprocal_root(kernels.row_mean(x * x, H) - mean * mean + eps)
+def not_centred(x, inside, eps, H: tl.constexpr, EXACT: tl.constexpr):
+    mean = kernels.row_mean(x, 1.0, H, EXACT)
+    return x, mean, kernels.reciprocal_root(kernels.row_mean(x, x, H, EXACT) - mean * mean + eps)
 
 
 @triton.jit
-def of_the_tile(x, H: tl.constexpr):
-    return (tl.sum(x, 1) / x.shape[1])[:, None]
+def of_the_tile(x, factor, H: tl.constexpr, EXACT: tl.constexpr):
+    return (tl.sum(x * factor, 1) / x.shape[1])[:, None]
 
 
 @triton.jit
@@ -172,9 +172,8 @@ def one_part_left_out(x):
 
 
 @triton.jit
-def without_projection(grad, normalized, gamma, rstd, H: tl.constexpr):
-    scaled = grad * gamma
-    return (scaled - kernels.row_mean(scaled, H)) * rstd
+def without_projection(grad, normalized, gamma, rstd, H: tl.constexpr, EXACT: tl.constexpr):
+    return (grad * gamma - kernels.row_mean(grad, gamma, H, EXACT)) * rstd
 
 
 @triton.jit

@@ -195,16 +195,16 @@ def test_refusals_in_words():
 
 
 @triton.jit
-def without_eps(x, inside, eps, H: tl.constexpr):
-    mean = add_layer_norm.row_mean(x, H)
+def without_eps(x, inside, eps, H: tl.constexpr, EXACT: tl.constexpr):
+    mean = add_layer_norm.row_mean(x, 1.0, H, EXACT)
     centred = tl.where(inside, x - mean, 0.0)
-    return centred, mean, add_layer_norm.reciprocal_root(add_layer_norm.row_mean(centred * centred, H) + 1e-37)
+    return centred, mean, add_layer_norm.reciprocal_root(add_layer_norm.row_mean(centred, centred, H, EXACT) + 1e-37)
 
 
 @triton.jit
-def not_centred(x, inside, eps, H: tl.constexpr):
-    mean = add_layer_norm.row_mean(x, H)
-    return x, mean, add_layer_norm.reciprocal_root(add_layer_norm.row_mean(x * x, H) - mean * mean + eps)
+def not_centred(x, inside, eps, H: tl.constexpr, EXACT: tl.constexpr):
+    mean = add_layer_norm.row_mean(x, 1.0, H, EXACT)
+    return x, mean, add_layer_norm.reciprocal_root(add_layer_norm.row_mean(x, x, H, EXACT) - mean * mean + eps)
 
 
 @triton.jit
