@@ -107,7 +107,8 @@ def sources(kernel: str, backend: str) -> list[Path]:
     if not (csrc / "ops.cpp").is_file():
         return []
     own = csrc / backend
-    return sorted({*csrc.glob("*.*"), *own.glob("*.h"), *own.glob("*.cuh"), *own.glob(f"{name}.*")})
+    mine = [*own.glob(f"{name}.*"), *own.glob(f"{name}_backward.*")]
+    return sorted({*csrc.glob("*.*"), *own.glob("*.h"), *own.glob("*.cuh"), *mine})
 
 
 def with_imports(path: Path) -> list[Path]:

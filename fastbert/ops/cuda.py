@@ -11,7 +11,8 @@ from torch import Tensor
 from fastbert import native
 from fastbert.ops.registry import Backend
 
-MOST_HIDDEN = 4096
+MOST_HIDDEN, MOST_HEAD_DIM = 4096, 128
+TENSOR_CORES = (8, 0)  # the compute capability from which on attention has kernels
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,10 +53,31 @@ def add_layer_norm_backward_reasons(
     return add_layer_norm_reasons(x, bias, residual, gamma, gamma) + same_reasons(residual=residual, grad=grad)
 
 
+def card_reasons(device: torch.device) -> list[str]:
+    """In words, why a device cannot run kernels with mma.sync of bfloat16 and cp.async; a CPU emulates them."""
+    if device.type != "cuda":
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    return [] if (major, minor) >= TENSOR_CORES else [f"it needs sm_80, this is sm_{major}{minor}"]
+
+
+def attention_reasons(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, *rest: Any) -> list[str]:
+    reasons = card_reasons(qkv.device) + dtype_reasons(qkv=qkv)
+    if not 1 <= qkv.shape[3] <= MOST_HEAD_DIM:
+        reasons.append(f"head_dim {qkv.shape[3]} is none of 1 to {MOST_HEAD_DIM}")
+    return reasons if scale > 0 else [*reasons, f"scale {scale} is not over 0"]
+
+
+def attention_backward_reasons(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> list[str]:
+    return attention_reasons(qkv, *rest) + same_reasons(qkv=qkv, grad=grad, out=out)
+
+
 REASONS: dict[str, Callable[..., list[str]]] = {
     reasons.__name__.removesuffix("_reasons"): reasons
-    for reasons in (add_layer_norm_reasons, add_layer_norm_backward_reasons)
-}
+    for reasons in (
+        add_layer_norm_reasons, add_layer_norm_backward_reasons, attention_reasons, attention_backward_reasons,
+    )
+}  # fmt: skip
 
 
 def cuda_backends(name: str) -> list[Backend]:
