@@ -35,6 +35,7 @@ __device__ void copy_tile(T* tile, const T* from, int64_t stride, int left, int 
     if (vectors) {
       copy_16(to, chunk, columns > 0);
     } else {
+#pragma unroll 1  // seldom
       for (int e = 0; e < 8; ++e) to[e] = e < columns ? chunk[e] : T{0};
     }
   }
@@ -225,6 +226,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, kTiles == 1 && kDims <= 64 ? 3
     if (vectors) {
       if (columns > 0) *reinterpret_cast<uint4*>(place) = *reinterpret_cast<const uint4*>(from);
     } else {
+#pragma unroll 1
       for (int e = 0; e < 8; ++e) {
         if (e < columns) place[e] = from[e];
       }
@@ -279,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       total[r] = total[r] * shrink + sum_of_eight(sum);
       if (across == 0) factors[down + r] = shrink;
     }
-    __syncthreads();
+    __syncwarp();  // a warp has the scores of its own rows
     Tile::template add_rows<false>(sums, factors[threadIdx.x / 4], scores, values);
     __syncthreads();
   }
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     factors[down + r] = inputs.keep_scale / total[r];
     if (down + r < share.left()) lse[row + down + r] = most[r] * inputs.scale + logf(total[r]);
   }
-  __syncthreads();
+  __syncwarp();
   Tile::store(out + (share.start + share.first) * part + share.head * dim, part, share.left(), dim, sums,
               factors[threadIdx.x / 4]);
 }
@@ -298,8 +300,8 @@ template <typename T, int kDims, int kWarps, int kTiles>
 const char* launch_forward(const Attention& inputs, int first, int count, int longest, T* out, float* lse, void* stream) {
   constexpr int kQueries = 16 * kWarps * kTiles;
   const bool vectors = fits_vectors(inputs.dim, inputs.qkv, out);
-  return launch_shares(forward<T, kDims, kWarps, kTiles>, inputs, first, count, longest, kQueries, kWarps * kLanes,
-                       kForwardBytes<kDims, kQueries>, stream, vectors, out, lse);
+  return launch_shares<kQueries, kWarps * kLanes, kForwardBytes<kDims, kQueries>>(
+      forward<T, kDims, kWarps, kTiles>, inputs, first, count, longest, stream, vectors, out, lse);
 }
 
 }  // namespace
@@ -322,9 +324,9 @@ const char* attention(const Attention& inputs, const Sequences& sequences, void*
         constexpr int kDims = decltype(dims)::value;
         T* const to = static_cast<T*>(out);
         if constexpr (sizeof(T) == 4) {
-          constexpr size_t kBytes = (3 * Plain<kDims>::kTile + Plain<kDims>::kScores + kSide) * sizeof(float);
-          return launch_shares(plain_forward<kDims>, inputs, first, count, longest, kSide, kThreads, kBytes, stream, to,
-                               lse);
+          constexpr int kBytes = (3 * Plain<kDims>::kTile + Plain<kDims>::kScores + kSide) * sizeof(float);
+          return launch_shares<kSide, kThreads, kBytes>(plain_forward<kDims>, inputs, first, count, longest, stream, to,
+                                                        lse);
         } else if constexpr (kDims == 128) {
           return queries == 64 ? launch_forward<T, kDims, 4, 1>(inputs, first, count, longest, to, lse, stream)
                                : launch_forward<T, kDims, 2, 1>(inputs, first, count, longest, to, lse, stream);

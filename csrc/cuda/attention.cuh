@@ -16,6 +16,7 @@ constexpr int kLanes = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int64_t kMostBlocks = 0x7fffffff;
+constexpr int kMostShared = 99 << 10;  // bytes of a block on sm_86, sm_89 and sm_120
 
 // At a multiple of 128 bytes.
 template <typename T>
@@ -74,17 +75,17 @@ const char* each_launch(const Sequences& sequences, F launch) {
   return nullptr;
 }
 
-// Launches `kernel(inputs, first, blocks, more...)`: a block for `rows` rows of each sequence and head.
-template <typename K, typename... A>
-const char* launch_shares(K* kernel, const Attention& inputs, int first, int count, int longest, int rows, int threads,
-                          size_t shared, void* stream, A... more) {
-  const int64_t blocks = ceil_div(longest, rows), all = blocks * inputs.heads * count;
+// Launches `kernel(inputs, first, blocks, more...)`: a block of kBlock threads for kRows rows of each sequence and head.
+template <int kRows, int kBlock, int kShared, typename K, typename... A>
+const char* launch_shares(K* kernel, const Attention& inputs, int first, int count, int longest, void* stream,
+                          A... more) {
+  static_assert(kShared <= kMostShared);
+  const int64_t blocks = ceil_div(longest, kRows), all = blocks * inputs.heads * count;
   if (all > kMostBlocks) return "attention has more than 2147483647 blocks";
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(shared));
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return words(error);
-  auto config = launch_config(dim3(static_cast<unsigned>(all)), dim3(threads), stream);
-  config.dynamicSmemBytes = shared;
+  auto config = launch_config(dim3(static_cast<unsigned>(all)), dim3(kBlock), stream);
+  config.dynamicSmemBytes = kShared;
   return words(cudaLaunchKernelEx(&config, kernel, inputs, first, static_cast<int>(blocks), more...));
 }
 

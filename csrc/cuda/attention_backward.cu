@@ -17,7 +17,7 @@ struct Gradients {
 };
 
 template <int kDims>
-constexpr size_t kBackwardBytes = (4 * Plain<kDims>::kTile + 2 * Plain<kDims>::kScores) * sizeof(float);
+constexpr int kBackwardBytes = (4 * Plain<kDims>::kTile + 2 * Plain<kDims>::kScores) * sizeof(float);
 
 // exp(score * scale - lse), without a rounded product inside exp2.
 __device__ float probability_of(float score, float scale, float lse) { return exp2f((score * scale - lse) * kLog2E); }
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             probabilities[r][i] * inverse[r] * (dprobabilities[r][i] - delta[r]);
       }
     }
-    __syncthreads();
+    __syncwarp();  // a warp has the scores of its own rows
     Tile::template add_rows<false>(sums, 1.0f, scores, keys);
     __syncthreads();
   }
@@ -167,11 +167,12 @@ const char* attention_backward(const Attention& inputs, const Sequences& sequenc
         constexpr int kDims = decltype(dims)::value;
         const Gradients<T> gradients = {static_cast<const T*>(grad), lse, rows,
                                         rows + inputs.heads * inputs.tokens, static_cast<T*>(dqkv)};
-        const char* error = launch_shares(dq_kernel<T, kDims>, inputs, first, count, longest, kSide, kThreads,
-                                          kBackwardBytes<kDims>, stream, gradients);
-        if (error != nullptr) return error;
-        return launch_shares(dkdv_kernel<T, kDims>, inputs, first, count, longest, kSide, kThreads,
-                             kBackwardBytes<kDims>, stream, gradients);
+        const auto launch = [&](auto* kernel) {
+          return launch_shares<kSide, kThreads, kBackwardBytes<kDims>>(kernel, inputs, first, count, longest, stream,
+                                                                       gradients);
+        };
+        const char* error = launch(dq_kernel<T, kDims>);
+        return error != nullptr ? error : launch(dkdv_kernel<T, kDims>);
       });
     });
   });

@@ -1,6 +1,6 @@
 // Runs unchanged .cu files on the CPU, for tests: found in place of CUDA's own cuda_runtime.h, compiled by a C++ compiler.
 // Blocks run one after another; each thread of a block is a fiber that runs until it waits for others. One warp runs as
-// far as it can before the next moves, so that a missing barrier shows; `order` says whether blocks and warps run
+// far as it can before the next moves, so that a missing barrier shows; `order` says whether blocks, warps and lanes run
 // forwards or backwards. Shared memory is filled with 0xff before each block. Covers what csrc/cuda/ uses, and grows.
 #pragma once
 
@@ -223,7 +223,8 @@ inline bool run_block(int count) {
       const int first = (backwards ? warps - 1 - step : step) * kWarp;
       const int last = std::min(first + kWarp, count);
       do {
-        for (int i = first; i < last; ++i) {
+        for (int lane = 0; lane < last - first; ++lane) {
+          const int i = backwards ? last - 1 - lane : first + lane;
           if (threads[i]->state == State::ready) resume(i);
         }
       } while (release_warp(first, last));

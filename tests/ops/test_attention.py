@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbert import ops
-from fastbert.ops import builtins, reference
+from fastbert.ops import builtins, cuda, reference
 from tests.ops.cases import ATTENTION as SPEC
 from tests.ops.cases import STEPS, cast, normal
 from tests.ops.every_op import *  # noqa: F403
@@ -63,6 +63,35 @@ def dropout_arguments(**changes):
 def test_wrong_arguments_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         ops.attention(*dropout_arguments(**changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"qkv": torch.ones(3, 3, 2, 129)}, ["head_dim 129 is none of 1 to 128"]),
+        ({"qkv": torch.ones(3, 3, 2, 8).double()}, ["qkv is torch.float64: it takes float32, float16 and bfloat16"]),
+        ({"qkv": torch.ones(3, 3, 2, 0), "scale": 0.0}, ["head_dim 0 is none of 1 to 128", "scale 0.0 is not over 0"]),
+        ({"scale": float("nan")}, ["scale nan is not over 0"]),
+    ],
+)
+def test_what_the_cuda_kernels_refuse(changes, words):
+    arguments = dropout_arguments(**changes)
+    qkv = arguments["qkv"]
+    assert cuda.attention_reasons(*arguments.values()) == words
+    out = torch.ones(3, 2, 8).to(qkv.dtype)
+    rest = out, torch.ones(2, 3), *list(arguments.values())[1:]
+    assert cuda.attention_backward_reasons(out, qkv, *rest) == words
+    assert cuda.attention_backward_reasons(out.half(), qkv, *rest) == [
+        *words, f"grad is torch.float16 and qkv {qkv.dtype}",
+    ]  # fmt: skip
+
+
+def test_the_cuda_kernels_need_a_card_with_their_instructions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert cuda.card_reasons(torch.device("cuda", 0)) == ["it needs sm_80, this is sm_75"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert cuda.card_reasons(torch.device("cuda", 0)) == []
 
 
 def test_an_upper_bound_for_max_seqlen_is_enough(dtype, backend, parity):
