@@ -274,17 +274,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
 struct AttentionTensors {
   Tensor qkv, cu_seqlens;
   std::optional<Tensor> keep_bits, order;
-  std::vector<int64_t> classes;
+  const std::vector<int64_t>& classes;
 
   AttentionTensors(const Tensor& qkv, const Tensor& cu_seqlens, const std::optional<Tensor>& keep_bits,
-                   const std::optional<Tensor>& order, std::vector<int64_t> classes)
+                   const std::optional<Tensor>& order, const std::vector<int64_t>& classes)
       : qkv(torch::stable::contiguous(qkv)), cu_seqlens(torch::stable::contiguous(cu_seqlens)),
-        keep_bits(contiguous(keep_bits)), order(contiguous(order)), classes(std::move(classes)) {
+        keep_bits(contiguous(keep_bits)), order(contiguous(order)), classes(classes) {
     check(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) >= 1 && qkv.size(3) <= kMostHeadDim,
           "attention: qkv is not [T, 3, N, 1 to 128]");
     check(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.size(0) >= 1 && cu_seqlens.size(0) <= kMaxInt32,
           "attention: cu_seqlens is not [B + 1] int32");
-    check(this->classes.empty() || (order.has_value() && this->classes.size() == kClassCount),
+    check(classes.empty() || (order.has_value() && classes.size() == kClassCount),
           "attention: classes are not 5, or there is no order");
   }
 
@@ -308,9 +308,9 @@ struct AttentionTensors {
 // qkv [T, 3, N, D] -> out [T, N, D], lse [N, T]
 std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
                                      const std::optional<Tensor>& keep_bits, double p,
-                                     const std::optional<Tensor>& order, std::vector<int64_t> classes) {
+                                     const std::optional<Tensor>& order, const std::vector<int64_t>& classes) {
   const Device device(qkv);
-  const AttentionTensors tensors(qkv, cu_seqlens, keep_bits, order, std::move(classes));
+  const AttentionTensors tensors(qkv, cu_seqlens, keep_bits, order, classes);
   const Attention inputs = tensors.inputs(scale, p);
   const Tensor out = empty(qkv, {inputs.tokens, inputs.heads, inputs.dim}, qkv.scalar_type());
   const Tensor lse = empty(qkv, {inputs.heads, inputs.tokens}, ScalarType::Float);
@@ -324,9 +324,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const Tensor& cu_seqlens
 Tensor attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& out, const Tensor& lse,
                           const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
                           const std::optional<Tensor>& keep_bits, double p, const std::optional<Tensor>& order,
-                          std::vector<int64_t> classes) {
+                          const std::vector<int64_t>& classes) {
   const Device device(qkv);
-  const AttentionTensors tensors(qkv, cu_seqlens, keep_bits, order, std::move(classes));
+  const AttentionTensors tensors(qkv, cu_seqlens, keep_bits, order, classes);
   const Attention inputs = tensors.inputs(scale, p);
   const Tensor grads = torch::stable::contiguous(grad), lses = torch::stable::contiguous(lse);
   const Tensor dqkv = empty(qkv, {inputs.tokens, 3, inputs.heads, inputs.dim}, qkv.scalar_type());

@@ -10,6 +10,7 @@ from fastbert.ops import builtins, cuda, reference
 from tests.ops.cases import ATTENTION as SPEC
 from tests.ops.cases import STEPS, cast, normal
 from tests.ops.every_op import *  # noqa: F403
+from tests.ops.gradients import gradients, ref_and_base, upstream
 
 
 def test_dropout_by_hand(dtype, backend):
@@ -106,6 +107,23 @@ def test_an_upper_bound_for_max_seqlen_is_enough(dtype, backend, parity):
     )
     for i, output in enumerate(SPEC.outputs):
         parity(ours[i].cpu(), ref[i], base[i].cpu(), name=f"attention/{backend}/{output}/bound")
+
+
+def test_work_by_length_classes(dtype, backend, parity):
+    """Longest first, each class of lengths for itself, forward and backward; the order is not the batch's."""
+    lengths = backend.edges.lengths
+    classes = [sum(sum(n > most for most in ops.LENGTH_CLASSES) == i for n in lengths) for i in range(5)]
+    order = torch.argsort(torch.tensor(lengths), descending=True, stable=True).int()
+    arguments = cast(next(SPEC.inputs(backend.edges, dtype))[1], dtype, backend.device)
+    grad, ref, base = ref_and_base(SPEC, arguments, upstream(SPEC, arguments, dtype).to(backend.device))
+    work = *arguments, None, 0.0, order.to(backend.device), classes
+    found = gradients(SPEC, work, grad, backend)
+    parity(
+        found["qkv_grad"].cpu(), ref["qkv_grad"], base["qkv_grad"].cpu(), name=f"attention_backward/{backend}/classes"
+    )
+    ref, base = SPEC.reference(*cast(arguments, torch.float64)), SPEC.stock(*arguments)
+    for i, ours in enumerate(backend(SPEC, work)):
+        parity(ours.cpu(), ref[i], base[i].cpu(), name=f"attention/{backend}/{SPEC.outputs[i]}/classes")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
