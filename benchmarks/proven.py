@@ -84,8 +84,8 @@ def card_table() -> str:
         names = [r["kernel"] if card == "CPU" else f"{r['kernel']} ({r['backend']})" for r in found]
         where = [f"{name}: {', '.join(r['dtypes'])}; {r['card']}" for name, r in zip(names, found, strict=True)]
         compiled = on_cpu if card == "CPU" else on_gpu
-        if card != "CPU" and int(card.removeprefix("sm_")) < OLDEST_OF_TRITON:
-            compiled = [kernel for kernel in on_gpu if "(triton)" not in kernel]
+        if card != "CPU" and int(card.removeprefix("sm_")) < OLDEST_OF_TRITON:  # which is bfloat16's mma.sync too
+            compiled = [k for k in on_gpu if "(triton)" not in k and not k.startswith("attention")]
         rest = [kernel for kernel in compiled if kernel not in names]
         rest = [k for k in rest if "_backward" not in k or k.replace("_backward", "") not in rest]  # named by its op
         alike.setdefault(f"{'<br>'.join(where) or 'nothing'} | {', '.join(rest) or 'nothing'}", []).append(card)

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "add_layer_norm.h"
+#include "attention.h"
 #include "bias_gelu.h"
 #include "dropout_bits.h"
 #include "embed_layer_norm.h"
@@ -550,6 +551,81 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
   return {dx, dw1, db1, dw2, needed[4] ? sum_of_rows(grad) : none()};
 }
 
+struct AttentionTensors {
+  Tensor qkv, cu_seqlens;
+  std::optional<Tensor> keep_bits, order;
+  const std::vector<int64_t>& classes;
+
+  AttentionTensors(const Tensor& qkv, const Tensor& cu_seqlens, const std::optional<Tensor>& keep_bits,
+                   const std::optional<Tensor>& order, const std::vector<int64_t>& classes)
+      : qkv(torch::stable::contiguous(qkv)), cu_seqlens(torch::stable::contiguous(cu_seqlens)),
+        keep_bits(contiguous(keep_bits)), order(contiguous(order)), classes(classes) {
+    check(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) >= 1 && qkv.size(3) <= kMostHeadDim,
+          "attention: qkv is not [T, 3, N, 1 to 128]");
+    check(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.size(0) >= 1 && cu_seqlens.size(0) <= kMaxInt32,
+          "attention: cu_seqlens is not [B + 1] int32");
+    check(classes.empty() || (order.has_value() && classes.size() == kClassCount),
+          "attention: classes are not 5, or there is no order");
+  }
+
+  // keep bits [N, T, W]
+  Attention inputs(double scale, double p) const {
+    const auto threshold = static_cast<int>(p * 65536 + 0.5);
+    const double keep_scale = threshold < 65536 ? 65536.0 / (65536 - threshold) : 0.0;
+    return {qkv.data_ptr(), static_cast<const int32_t*>(cu_seqlens.data_ptr()),
+            static_cast<const int32_t*>(pointer(order)), static_cast<const int32_t*>(pointer(keep_bits)), dtype_of(qkv),
+            qkv.size(0), keep_bits.has_value() ? keep_bits->size(2) : 0, static_cast<int>(qkv.size(2)),
+            static_cast<int>(qkv.size(3)), static_cast<float>(scale), static_cast<float>(keep_scale)};
+  }
+
+  Sequences sequences(int64_t longest) const {
+    check(longest <= kMaxInt32, "attention: max_seqlen is over 2147483647");
+    return {static_cast<int>(cu_seqlens.size(0) - 1), static_cast<int>(longest),
+            classes.empty() ? nullptr : classes.data()};
+  }
+};
+
+// qkv [T, 3, N, D] -> out [T, N, D], lse [N, T]
+std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
+                                     const std::optional<Tensor>& keep_bits, double p,
+                                     const std::optional<Tensor>& order, const std::vector<int64_t>& classes,
+                                     const std::optional<Tensor>&) {
+  const Device device(qkv);
+  const AttentionTensors tensors(qkv, cu_seqlens, keep_bits, order, classes);
+  const Attention inputs = tensors.inputs(scale, p);
+  const Tensor out = empty(qkv, {inputs.tokens, inputs.heads, inputs.dim}, qkv.scalar_type());
+  const Tensor lse = empty(qkv, {inputs.heads, inputs.tokens}, ScalarType::Float);
+  if (inputs.tokens == 0 || inputs.heads == 0) return {out, lse};
+  check_cuda("attention", cuda::attention(inputs, tensors.sequences(max_seqlen), out.data_ptr(), floats(lse),
+                                          device.stream));
+  return {out, lse};
+}
+
+// grad [T, N, D], lse [N, T] -> dqkv [T, 3, N, D], its sum over T [3, N, D]; out is not read
+std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& out,
+                                              const Tensor& lse, const Tensor& cu_seqlens, int64_t max_seqlen,
+                                              double scale, const std::optional<Tensor>& keep_bits, double p,
+                                              const std::optional<Tensor>& order, const std::vector<int64_t>& classes,
+                                              const std::vector<bool>& needed) {
+  const Device device(qkv);
+  const AttentionTensors tensors(qkv, cu_seqlens, keep_bits, order, classes);
+  const Attention inputs = tensors.inputs(scale, p);
+  const Tensor grads = torch::stable::contiguous(grad), lses = torch::stable::contiguous(lse);
+  const Tensor dqkv = empty(qkv, {inputs.tokens, 3, inputs.heads, inputs.dim}, qkv.scalar_type());
+  const auto gradients = [&]() -> std::tuple<Tensor, Tensor> {
+    const auto none = [&] { return empty(qkv, {0}, qkv.scalar_type()); };
+    if (!needed[1]) return {needed[0] ? dqkv : none(), none()};
+    const Tensor sums = sum_of_rows(torch::stable::flatten(dqkv, 1));
+    return {needed[0] ? dqkv : none(), torch::stable::reshape(sums, {3, inputs.heads, inputs.dim})};
+  };
+  if (inputs.tokens == 0 || inputs.heads == 0) return gradients();
+  const Tensor rows = empty(qkv, {2, inputs.heads, inputs.tokens}, ScalarType::Float);
+  check_cuda("attention_backward",
+             cuda::attention_backward(inputs, tensors.sequences(max_seqlen), grads.data_ptr(), floats(lses),
+                                      floats(rows), dqkv.data_ptr(), device.stream));
+  return gradients();
+}
+
 std::string cuda_problem() {
   const char* problem = cuda::problem();
   return problem == nullptr ? "" : problem;
@@ -573,6 +649,13 @@ FASTBERT_NAMED(STABLE_TORCH_LIBRARY, FASTBERT_LIBRARY, m) {
 
 FASTBERT_NAMED(STABLE_TORCH_LIBRARY_FRAGMENT, FASTBERT_LIBRARY, m) {
   m.def("cuda_problem() -> str");
+  m.def(
+      "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, float scale, Tensor? keep_bits=None, float p=0.0,"
+      " Tensor? order=None, int[] classes=[], Tensor? bias=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, int max_seqlen,"
+      " float scale, Tensor? keep_bits, float p, Tensor? order, int[] classes, bool[] needed)"
+      " -> (Tensor dqkv, Tensor dbias)");
   m.def(
       "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, float p=0.0,"
       " Tensor? seed=None, int site=0) -> (Tensor y, Tensor mean, Tensor rstd)");
@@ -616,6 +699,8 @@ FASTBERT_NAMED(STABLE_TORCH_LIBRARY_FRAGMENT, FASTBERT_LIBRARY, m) {
 
 FASTBERT_NAMED(STABLE_TORCH_LIBRARY_IMPL, FASTBERT_LIBRARY, FASTBERT_DEVICE, m) {
   m.impl("unpad", TORCH_BOX(&fastbert::unpad_cuda));
+  m.impl("attention", TORCH_BOX(&fastbert::attention));
+  m.impl("attention_backward", TORCH_BOX(&fastbert::attention_backward));
   m.impl("add_layer_norm", TORCH_BOX(&fastbert::add_layer_norm));
   m.impl("add_layer_norm_backward", TORCH_BOX(&fastbert::add_layer_norm_backward));
   m.impl("pad", TORCH_BOX(&fastbert::pad));

@@ -109,7 +109,8 @@ def sources(kernel: str, backend: str) -> list[Path]:
     if not (csrc / "ops.cpp").is_file():
         return []
     own = csrc / backend
-    mine = own.glob(f"{MADE_OF.get(name, name)}.*")
+    made = MADE_OF.get(name, name)
+    mine = [*own.glob(f"{made}.*"), *own.glob(f"{made}_backward.*")]
     return sorted({*csrc.glob("*.*"), *own.glob("*.h"), *own.glob("*.cuh"), *mine})
 
 

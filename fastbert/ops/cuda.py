@@ -12,8 +12,9 @@ from fastbert import native
 from fastbert.ops.kernels import plain
 from fastbert.ops.registry import Backend
 
-MOST_HIDDEN, MOST_HEADS, MOST_COLUMNS = 4096, 65535, 2**24
+MOST_HIDDEN, MOST_HEADS, MOST_COLUMNS, MOST_HEAD_DIM = 4096, 65535, 2**24, 128
 MOST_ROWS = 2**31 - 1
+TENSOR_CORES = (8, 0)  # the compute capability from which on attention has kernels
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -128,13 +129,32 @@ def feed_forward_backward_reasons(
     return feed_forward_reasons(x, w1, b1, w2, None) + same_reasons(x=x, grad=grad, pre=pre)
 
 
+def card_reasons(device: torch.device) -> list[str]:
+    """In words, why a device cannot run kernels with mma.sync of bfloat16 and cp.async; a CPU emulates them."""
+    if device.type != "cuda":
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    return [] if (major, minor) >= TENSOR_CORES else [f"it needs sm_80, this is sm_{major}{minor}"]
+
+
+def attention_reasons(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, *rest: Any) -> list[str]:
+    reasons = card_reasons(qkv.device) + dtype_reasons(qkv=qkv)
+    if not 1 <= qkv.shape[3] <= MOST_HEAD_DIM:
+        reasons.append(f"head_dim {qkv.shape[3]} is none of 1 to {MOST_HEAD_DIM}")
+    return reasons if scale > 0 else [*reasons, f"scale {scale} is not over 0"]
+
+
+def attention_backward_reasons(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> list[str]:
+    return attention_reasons(qkv, *rest) + same_reasons(qkv=qkv, grad=grad, out=out)
+
+
 REASONS: dict[str, Callable[..., list[str]]] = {
     reasons.__name__.removesuffix("_reasons"): reasons
     for reasons in (
         unpad_reasons, pad_reasons, pad_backward_reasons, dropout_bits_reasons, embed_layer_norm_reasons,
         embed_layer_norm_backward_reasons, add_layer_norm_reasons, add_layer_norm_backward_reasons, bias_gelu_reasons,
         bias_gelu_backward_reasons, linear_gelu_reasons, linear_gelu_backward_reasons, feed_forward_reasons,
-        feed_forward_backward_reasons,
+        feed_forward_backward_reasons, attention_reasons, attention_backward_reasons,
     )
 }  # fmt: skip
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from benchmarks import compiled_cuda
+from benchmarks import compiled_cuda, sass
 from fastbert import native, proven
 from tests.build.conftest import ROOT
 
@@ -65,3 +66,52 @@ void launch(const float* from, float* to, const int* order) { copy<true><<<1, 1>
     words = "; ".join(kernel.failures)
     for expected in ("in an innermost loop", "256 bytes of stack", "no 128-bit load", "no 128-bit store"):
         assert expected in words
+
+
+def machine_code(source: str, arch: str, nvcc: str, setup_py: ModuleType, folder: Path) -> dict[str, tuple]:
+    """Of each kernel its registers and its instructions."""
+    cubin = folder / "kernel.cubin"
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    flags = [*setup_py.CXX_FLAGS.split(), f"-I{ROOT / 'csrc'}", target, "-cubin", "-o", str(cubin)]
+    subprocess.run([nvcc, *flags, str(ROOT / "csrc/cuda" / source)], check=True)
+    triton = Path(pytest.importorskip("triton").__file__).parent  # which brings the tool
+    command = [str(triton / "backends/nvidia/bin/cuobjdump"), "-res-usage", "-sass", str(cubin)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", printed))
+    functions = re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", printed, flags=re.DOTALL)
+    return {name: (int(registers[name]), sass.parse(text)) for name, text in functions}
+
+
+ATTENTION_CARDS = ["80", "90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("86", "89", "100a", "120a"))]
+TILES = re.compile(r"7forwardI\w+Li(\d+)ELi(\d)ELi(\d)E")  # dims, warps, tiles of 16 queries
+BLOCKS = {(32, 4, 1): 3, (64, 4, 1): 3}  # what registers leave room for on a multiprocessor; of the others 2
+
+
+@pytest.mark.parametrize("arch", ATTENTION_CARDS)
+def test_attention_has_its_instructions(arch: str, setup_py: ModuleType, nvcc: str, tmp_path: Path) -> None:
+    """Tensor cores, matrices from shared memory, copies and stores of 16 bytes; registers as declared, none spilled."""
+    found = {}
+    for name, (registers, code) in machine_code("attention.cu", arch, nvcc, setup_py, tmp_path).items():
+        assert not [i for i in code if sass.is_spill(i)], name
+        if not (tiles := TILES.search(name)):
+            assert not sass.tensor_core(code), "fp32 is fp32"
+            continue
+        dims, warps, rows = found[name] = tuple(map(int, tiles.groups()))
+        assert registers <= 65536 // (32 * warps * BLOCKS.get((dims, warps, rows), 2)) // 8 * 8
+        names = [i.name for i in code]
+        keys = 32 if dims == 128 else 64
+        products = 2 * rows * (keys // 8) * (dims // 16)  # of a tile of keys
+        assert names.count("HMMA.16816.F32.BF16" if "BFloat16" in name else "HMMA.16816.F32") == products
+        loads = {kind: len([n for n in names if n[:5] == "LDSM." and f".{kind}." in n]) for kind in ("M88", "MT88")}
+        assert loads == {"M88": (rows + keys // 16) * (dims // 16), "MT88": keys // 16 * (dims // 16)}
+        assert [n for n in names if n.startswith("LDGSTS") and n.endswith("128")]
+        assert [n for n in names if n.startswith("STG") and n.endswith("128")]
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "90a")])
+def test_attention_backward_spills_nothing(arch: str, setup_py: ModuleType, nvcc: str, tmp_path: Path) -> None:
+    found = machine_code("attention_backward.cu", arch, nvcc, setup_py, tmp_path)
+    assert len(found) == 18
+    for name, (registers, code) in found.items():
+        assert registers <= 255 and not [i for i in code if sass.is_spill(i)], name

@@ -70,9 +70,22 @@ def build(tree: Path, setup_py: ModuleType, compiler: str) -> None:
 
 def run_tests(tree: Path, environment: dict[str, str], *tests: str, chosen: str = "not planted") -> tuple[bool, str]:
     """Whether pytest ran these tests without a failure, and all that was written."""
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", chosen, *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        chosen,
+        "-m",
+        "not slow",
+        *tests,
+    ]
     run = subprocess.run(
-        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *tests], cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     return run.returncode == 0, run.stdout
 

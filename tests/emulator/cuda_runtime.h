@@ -1,6 +1,6 @@
 // Runs unchanged .cu files on the CPU, for tests: found in place of CUDA's cuda_runtime.h, compiled by a C++ compiler.
 // Blocks run one after another; each thread of a block is a fiber that runs until it waits for others. One warp runs as
-// far as it can before the next moves, so that a missing barrier shows; `order` says whether blocks and warps run
+// far as it can before the next moves, so that a missing barrier shows; `order` says whether blocks, warps and lanes run
 // forwards, backwards or now so, now so. Shared memory is filled with 0xff before each block. Covers what csrc/cuda/
 // uses, and grows with it.
 #pragma once
@@ -66,9 +66,13 @@ namespace emulator {
 constexpr int kWarp = 32;
 constexpr int kMultiprocessors = 4;  // few, so that loops over rows loop
 constexpr size_t kStack = 64 << 10;
+constexpr size_t kOffer = 64;  // bytes that a lane may offer to its warp at a time
 constexpr size_t kUsualShared = 48 << 10, kMostShared = 227 << 10;  // of a block: without asking, and the most on sm_90
 enum class Order { forwards, backwards, changing };
 enum class State { ready, at_warp, at_block, done };
+
+// cp.async: 16 bytes to shared memory, of which `bytes` are read and the others 0.
+struct Copy { void* to; const void* from; int bytes, group; };
 
 struct Thread {
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -82,6 +86,10 @@ struct Thread {
   int place = 0;  // the line it waits at
   unsigned mask = 0;  // the lanes it waits for
   uint64_t brought = 0, published = 0;  // to its warp; the second is what the others read until the next exchange
+  bool offers = false;  // more than those 8 bytes
+  alignas(8) char offer[kOffer], offered[kOffer];
+  std::vector<Copy> copies;  // begun, not waited for
+  int copy_groups = 0;
 };
 
 inline Order order = Order::changing;
@@ -131,6 +139,8 @@ inline void enter() {
 }
 
 inline void prepare(Thread& thread) {
+  thread.copies.clear();
+  thread.copy_groups = 0;
 #ifdef EMULATOR_SWITCHES_BY_HAND
   auto top = reinterpret_cast<uintptr_t>(thread.stack.get() + kStack) / 16 * 16;
   auto* words = reinterpret_cast<uint64_t*>(top) - 8;  // six registers, where to go on, and a place to return to
@@ -195,6 +205,8 @@ inline bool release_warp(int first, int last) {
       Thread& lane = *threads[j];
       if (!(mask >> (j - first) & 1)) continue;
       lane.published = lane.state == State::done ? ~uint64_t{0} : lane.brought;
+      if (lane.state == State::done) std::memset(lane.offered, 0xff, kOffer);
+      else if (lane.offers) std::memcpy(lane.offered, lane.offer, kOffer);
       if (lane.state == State::at_warp) lane.state = State::ready;
     }
   }
@@ -242,7 +254,8 @@ inline bool run_block(int count) {
       const int first = (backwards ? warps - 1 - step : step) * kWarp;
       const int last = std::min(first + kWarp, count);
       do {
-        for (int i = first; i < last; ++i) {
+        for (int lane = 0; lane < last - first; ++lane) {
+          const int i = backwards ? last - 1 - lane : first + lane;
           if (threads[i]->state == State::ready) resume(i);
         }
       } while (release_warp(first, last));
@@ -302,6 +315,40 @@ T taken(int lane) {
 }
 
 inline int lane() { return current % kWarp; }
+
+// To all lanes of the caller's warp, and what a lane offered; all bits set where it has left the kernel.
+template <typename T>
+void offer(int place, const T& value) {
+  static_assert(sizeof(T) <= kOffer && std::is_trivially_copyable_v<T>);
+  Thread& self = *threads[current];
+  std::memcpy(self.offer, &value, sizeof(T));
+  self.offers = true;
+  wait(State::at_warp, place);
+  self.offers = false;
+}
+template <typename T>
+const T& offered(int lane) {
+  return *reinterpret_cast<const T*>(threads[current / kWarp * kWarp + lane]->offered);
+}
+
+// What a copy will overwrite is neither old nor new until it is waited for.
+inline void copy_later(void* to, const void* from, int bytes) {
+  Thread& self = *threads[current];
+  std::memset(to, 0xff, 16);
+  self.copies.push_back({to, from, bytes, self.copy_groups});
+}
+inline void commit_copies() { ++threads[current]->copy_groups; }
+inline void wait_for_copies(int pending) {
+  Thread& self = *threads[current];
+  auto& copies = self.copies;
+  size_t done = 0;
+  for (; done < copies.size() && copies[done].group < self.copy_groups - pending; ++done) {
+    const Copy& copy = copies[done];
+    std::memset(copy.to, 0, 16);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  copies.erase(copies.begin(), copies.begin() + done);
+}
 
 template <typename T, typename F>
 T shuffle(int place, unsigned mask, T value, F from) {

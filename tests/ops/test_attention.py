@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fastbert import ops
-from fastbert.ops import builtins, reference
+from fastbert.ops import builtins, cuda, reference
 from tests.ops.cases import ATTENTION as SPEC
 from tests.ops.cases import STEPS, cast, normal
 from tests.ops.every_op import *  # noqa: F403
+from tests.ops.gradients import gradients, ref_and_base, upstream
 
 
 def test_dropout_by_hand(dtype, backend):
@@ -65,6 +66,35 @@ def test_wrong_arguments_are_named(changes, words):
         ops.attention(*dropout_arguments(**changes).values())
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"qkv": torch.ones(3, 3, 2, 129)}, ["head_dim 129 is none of 1 to 128"]),
+        ({"qkv": torch.ones(3, 3, 2, 8).double()}, ["qkv is torch.float64: it takes float32, float16 and bfloat16"]),
+        ({"qkv": torch.ones(3, 3, 2, 0), "scale": 0.0}, ["head_dim 0 is none of 1 to 128", "scale 0.0 is not over 0"]),
+        ({"scale": float("nan")}, ["scale nan is not over 0"]),
+    ],
+)
+def test_what_the_cuda_kernels_refuse(changes, words):
+    arguments = dropout_arguments(**changes)
+    qkv = arguments["qkv"]
+    assert cuda.attention_reasons(*arguments.values()) == words
+    out = torch.ones(3, 2, 8).to(qkv.dtype)
+    rest = out, torch.ones(2, 3), *list(arguments.values())[1:]
+    assert cuda.attention_backward_reasons(out, qkv, *rest) == words
+    assert cuda.attention_backward_reasons(out.half(), qkv, *rest) == [
+        *words, f"grad is torch.float16 and qkv {qkv.dtype}",
+    ]  # fmt: skip
+
+
+def test_the_cuda_kernels_need_a_card_with_their_instructions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert cuda.card_reasons(torch.device("cuda", 0)) == ["it needs sm_80, this is sm_75"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert cuda.card_reasons(torch.device("cuda", 0)) == []
+
+
 def test_an_upper_bound_for_max_seqlen_is_enough(dtype, backend, parity):
     """max_seqlen may be larger than the longest sequence: a GPU caller does not read it back."""
     qkv = normal(20, 3, 2, 32, like="bound")
@@ -77,6 +107,23 @@ def test_an_upper_bound_for_max_seqlen_is_enough(dtype, backend, parity):
     )
     for i, output in enumerate(SPEC.outputs):
         parity(ours[i].cpu(), ref[i], base[i].cpu(), name=f"attention/{backend}/{output}/bound")
+
+
+def test_work_by_length_classes(dtype, backend, parity):
+    """Longest first, each class of lengths for itself, forward and backward; the order is not the batch's."""
+    lengths = backend.edges.lengths
+    classes = [sum(sum(n > most for most in ops.LENGTH_CLASSES) == i for n in lengths) for i in range(5)]
+    order = torch.argsort(torch.tensor(lengths), descending=True, stable=True).int()
+    arguments = cast(next(SPEC.inputs(backend.edges, dtype))[1], dtype, backend.device)
+    grad, ref, base = ref_and_base(SPEC, arguments, upstream(SPEC, arguments, dtype).to(backend.device))
+    work = *arguments, None, 0.0, order.to(backend.device), classes
+    found = gradients(SPEC, work, grad, backend)
+    parity(
+        found["qkv_grad"].cpu(), ref["qkv_grad"], base["qkv_grad"].cpu(), name=f"attention_backward/{backend}/classes"
+    )
+    ref, base = SPEC.reference(*cast(arguments, torch.float64)), SPEC.stock(*arguments)
+    for i, ours in enumerate(backend(SPEC, work)):
+        parity(ours.cpu(), ref[i], base[i].cpu(), name=f"attention/{backend}/{SPEC.outputs[i]}/classes")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
