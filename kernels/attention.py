@@ -22,6 +22,9 @@ from .linear import sum_of_rows
 CLASSES = (64, 128, 256, 512)  # the longest sequence of each length class; a last class holds longer ones
 LARGEST_DIM = 128
 LOG2E = tl.constexpr(1.4426950408889634)
+# Of fp32 products without tensor cores Triton before 3.9 keeps a left operand that stays in a loop in registers, which
+# spill with wide heads; from 3.9 on a right one
+TURNS = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9))
 # Why these kernels hold HMMA on sm_90
 EXCEPTIONS = {
     "dkdv_kernel BLOCK_M=32 PADDED=128": "with 64 queries dk and dv of wide heads spill; HGMMA takes no 32 rows",
@@ -87,7 +90,10 @@ def choose_backward_tiles(
     if dtype == torch.float32:
         if longest <= 64 and padded <= 64 and precision == "ieee":
             return BackwardTiles(Tiles(64, 64, 16, 1, registers=128))
-        return BackwardTiles(dq=Tiles(32, 32, 8 if padded <= 64 else 16, 1), dkdv=Tiles(32, 32, 8, 1))
+        return BackwardTiles(
+            dq=Tiles(32, 32, 8 if padded <= 64 else 16, 1),
+            dkdv=Tiles(32, 32, 16 if precision == "tf32" and padded > 64 else 8, 1),
+        )
     if padded > 64:
         return BackwardTiles(dq=Tiles(64, 64, 8 if card.arch >= 120 else 4, 2), dkdv=Tiles(32, 64, 8, 2))
     if longest <= 64:
@@ -151,6 +157,14 @@ def kept(bits, width, rows, rows_left, keys, keys_left, WORDS: tl.constexpr):
         more = tl.load(bits + rows * width + i, mask=there, other=0)[:, None]
         words = tl.where(keys // 32 == i, more, words)
     return ((words >> (keys % 8)) & (1 << (keys % 32 // 8 * 8))) != 0  # the second factor is known when it is compiled
+
+
+@triton.jit
+def product(stays, moves, PRECISION: tl.constexpr):
+    """stays [M, D] · moves [N, D]ᵀ, in a loop over `moves`."""
+    if TURNS and stays.dtype == tl.float32:
+        return tl.dot(moves, stays.T, input_precision=PRECISION).T
+    return tl.dot(stays, moves.T, input_precision=PRECISION)
 
 
 @triton.jit
@@ -346,12 +360,12 @@ def dq_kernel(
         key_at = keys_at + j * far
         key = load_tile(key_at, stride, length - j, BLOCK_N, D, PADDED)
         value = load_tile(key_at + part, stride, length - j, BLOCK_N, D, PADDED)
-        scores = tl.dot(query, key.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        scores = product(query, key, PRECISION)  # [BLOCK_M, BLOCK_N]
         probabilities = probabilities_of(scores, lse, scale, query.dtype == tl.float32)
         probabilities = tl.where(is_key(keys, length - j), probabilities, 0.0)
         if query.dtype == tl.float32:
             total += tl.sum(probabilities, 1)
-        dprobabilities = tl.dot(dout, value.T, input_precision=PRECISION)
+        dprobabilities = product(dout, value, PRECISION)
         if DROPOUT:
             bits = BITS + row * width + j // 32
             keep = kept(bits, width, rows, length - i, keys, length - j, BLOCK_N // 32)

@@ -30,7 +30,9 @@ def setup_py() -> ModuleType:
 
 
 def is_here() -> bool:
-    """Whether there is what the kernels are compiled with."""
+    """Whether there are the sources, which an installed fastbert lacks, and what they are compiled with."""
+    if not (ROOT / "csrc").is_dir():
+        return False
     return setup_py().find_torch() is not None and setup_py().find_compiler() is not None
 
 
