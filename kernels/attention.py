@@ -516,6 +516,11 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
+def has_room_for_sums(dtype: torch.dtype, card: Card, drops: bool) -> bool:
+    """Whether registers are left for the sums of dq and dv where they are made; else dqkv is summed afterwards."""
+    return dtype != torch.float32 and (not drops or card.arch in (90, 100, 103))
+
+
 def blocks_of_queries(longest: int, tiles: BackwardTiles) -> int:
     """How many programs share the queries of a sequence and head, at most."""
     return triton.cdiv(longest, tiles.dq.block_m) if tiles.dq else 1
@@ -549,7 +554,7 @@ def attention_backward(
         for first, count, longest in launches(cu_seqlens.shape[0] - 1, max_seqlen, classes)
     ]
     parts, places = None, [None] * len(work)
-    if needed[1] and qkv.dtype != torch.float32:  # whose kernels have no registers left for sums
+    if needed[1] and has_room_for_sums(qkv.dtype, card, keep_bits is not None):
         parts, places = part_sums(qkv, [count * blocks_of_queries(longest, tiles) for _, count, longest, tiles in work])
     for (first, count, longest, chosen), sums in zip(work, places, strict=True):
         where = cu_seqlens, order, keep_bits, first

@@ -283,7 +283,8 @@ def planted(tmp_path, monkeypatch):
 def worst(module):
     lengths = (40, 129, 100, 17)  # every kernel
     arguments, grad, ref, base = call(lengths, 2, 32, torch.bfloat16, "dropout")
-    found = run(arguments, grad, *classes_of(lengths), module=module)
+    with cards.imitate(cards.Card(90, 132)):  # whose kernels make the bias's gradient where something is dropped, too
+        found = run(arguments, grad, *classes_of(lengths), module=module)
     return max(judge(found[name], ref[name], base[name]).ratio for name in found)
 
 
