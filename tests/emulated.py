@@ -21,7 +21,7 @@ FLAGS = "-O1 -fPIC -fvisibility=hidden -DFASTBERT_CUDA -Wall -Wno-unknown-pragma
 
 @functools.cache
 def setup_py() -> ModuleType:
-    """setup.py as a module: where it finds compiler and torch."""
+    """setup.py as a module, without running setup(): where it finds compiler and torch, what it builds."""
     spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -7,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests import emulated
 
 ROOT = Path(__file__).parents[2]
 PIP = ["-m", "pip", "--disable-pip-version-check", "-q"]
@@ -26,12 +27,7 @@ def python(*arguments: str, cwd: Path, executable: str = sys.executable, **varia
 
 @pytest.fixture(scope="session")
 def setup_py() -> ModuleType:
-    """setup.py as a module: its functions, without running setup()."""
-    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return emulated.setup_py()
 
 
 @pytest.fixture(scope="session")

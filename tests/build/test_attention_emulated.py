@@ -6,7 +6,6 @@ The sources are compiled once, with every planted error in them, of which `emula
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import os
 import shutil
@@ -16,17 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import stock
-from fastbert.ops import reference
 from fastbert.parity import judge
 from tests.build.conftest import ROOT
 from tests.ops import philox
-from tests.ops.cases import DTYPES, SEED, normal
+from tests.ops.attention_calls import Results, call, classes_of
+from tests.ops.cases import DTYPES, normal
 
 EMULATOR = ROOT / "tests/emulator"
 GUARD = 2**15  # elements of NaN on either side of what is read, and of a value that must stay beside what is written
 UNTOUCHED = -7.0
-CLASSES = (64, 128, 256, 512)
 # Around the tiles of 16, 32, 64 and 128
 LENGTHS = (1, 64, 15, 129, 16, 17, 0, 63, 65, 127, 128, 31, 33)
 
@@ -372,44 +369,12 @@ class Output:
         return self.memory[GUARD : GUARD + self.size].view(self.shape)
 
 
-def classes_of(lengths: tuple[int, ...]) -> tuple[Tensor, list[int]]:
-    """The order, longest first, and how many sequences each length class holds, as `unpad` makes them."""
-    found = [sum(length > bound for bound in CLASSES) for length in lengths]
-    order = torch.argsort(torch.tensor(lengths), descending=True, stable=True).int()
-    return order, [found.count(n) for n in range(len(CLASSES) + 1)]
-
-
-Results = dict[str, Tensor]
-
-
-@functools.cache
-def call(
-    lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype, kind: str
-) -> tuple[tuple, Results, Results]:
-    """(arguments and upstream gradient, ref, base) of a call in the dtype; kind: "", "peaked", "dropout"."""
-    like = f"{lengths} {heads} {dim}"
-    qkv = normal(sum(lengths), 3, heads, dim, like=like)
-    if kind == "peaked":
-        qkv[:, 0] *= 8  # scores of size 8
-    qkv, grad = qkv.to(dtype), normal(sum(lengths), heads, dim, like=f"gradient {like}").to(dtype)
-    cu_seqlens, p = torch.tensor([0, *lengths]).cumsum(0).int(), 0.1 if kind == "dropout" else 0.0
-    bits = philox.bits(SEED, 0, cu_seqlens, max(lengths), heads, p) if p else None
-    arguments = qkv, cu_seqlens, max(lengths), dim**-0.5, bits, p
-    out, lse = reference.attention(qkv.double(), *arguments[1:])
-    rest = *arguments[1:], None, (), [True, False]
-    dqkv, _ = reference.attention_backward(grad.double(), qkv.double(), out, lse, *rest)
-    base = *stock.attention_and_lse(*arguments), stock.gradients(stock.attention, arguments, (0,), grad)[0]
-    names = "out", "lse", "dqkv"
-    ref = dict(zip(names, (out, lse, dqkv), strict=True))
-    return (*arguments, grad), ref, dict(zip(names, base, strict=True))
-
-
 def run(
-    library: ctypes.CDLL, arguments: tuple, order: Tensor | None = None, classes: list[int] | None = None,
+    library: ctypes.CDLL, arguments: tuple, grad: Tensor, order: Tensor | None = None, classes: list[int] | None = None,
     backward: bool = True,
 ) -> Results:  # fmt: skip
     """Raises RuntimeError where the kernels say an error or write beside their outputs."""
-    qkv, cu_seqlens, longest, scale, bits, p, grad = arguments
+    qkv, cu_seqlens, longest, scale, bits, p = arguments
     tokens, _, heads, dim = qkv.shape
     pointers, _kept = zip(*map(guarded, (qkv, cu_seqlens, order, bits, grad)), strict=True)
     width = 0 if bits is None else bits.shape[2]
@@ -529,10 +494,10 @@ SHORT = pytest.mark.parametrize(
 @pytest.mark.parametrize("kind", ["dropout", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("", "peaked"))])
 def test_lengths_around_tiles(dtype: torch.dtype, dim: int, kind: str, library: ctypes.CDLL, parity) -> None:
     """In one launch and by length classes, which have other tiles; in both orders of warps."""
-    arguments, ref, base = call(LENGTHS, 1, dim, dtype, kind)
+    arguments, grad, ref, base = call(LENGTHS, 1, dim, dtype, kind)
     for order, (name, work) in enumerate({"one launch": (), "classes": classes_of(LENGTHS)}.items()):
         library.emulated_setting(0, order)
-        for output, ours in run(library, arguments, *work).items():
+        for output, ours in run(library, arguments, grad, *work).items():
             parity(ours, ref[output], base[output], name=f"attention/emulated/{output}/{name}/{kind}")
 
 
@@ -541,8 +506,8 @@ def test_lengths_around_tiles(dtype: torch.dtype, dim: int, kind: str, library: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_lengths_around_tiles(dtype: torch.dtype, dim: int, ordered: ctypes.CDLL, parity) -> None:
     lengths = (511, 256, 512, 513, 257)
-    arguments, ref, base = call(lengths, 1, dim, dtype, "dropout")
-    for output, ours in run(ordered, arguments, *classes_of(lengths)).items():
+    arguments, grad, ref, base = call(lengths, 1, dim, dtype, "dropout")
+    for output, ours in run(ordered, arguments, grad, *classes_of(lengths)).items():
         parity(ours, ref[output], base[output], name=f"attention/emulated/{output}/long")
 
 
@@ -552,8 +517,8 @@ def test_head_dims_between(dtype: torch.dtype, dim: int, library: ctypes.CDLL, p
     """Padded with zeros to the next of 32, 64 and 128, by 16 bytes where rows stand so, else by elements."""
     library.emulated_setting(0, dim % 2)
     lengths = (17, 70, 0, 131)
-    arguments, ref, base = call(lengths, 2, dim, dtype, "dropout")
-    for output, ours in run(library, arguments, *classes_of(lengths)).items():
+    arguments, grad, ref, base = call(lengths, 2, dim, dtype, "dropout")
+    for output, ours in run(library, arguments, grad, *classes_of(lengths)).items():
         parity(ours, ref[output], base[output], name=f"attention/emulated/{output}/dim {dim}")
 
 
@@ -561,14 +526,14 @@ def test_head_dims_between(dtype: torch.dtype, dim: int, library: ctypes.CDLL, p
 def test_nan_in_a_sequence_stays_there(dtype: torch.dtype, ordered: ctypes.CDLL) -> None:
     """All other rows are bitwise as they were."""
     lengths = (70, 17, 130, 3)
-    arguments, *_ = call(lengths, 2, 40, dtype, "dropout")
-    before = run(ordered, arguments)
+    arguments, grad, *_ = call(lengths, 2, 40, dtype, "dropout")
+    before = run(ordered, arguments, grad)
     for start, end in itertools.pairwise(torch.tensor([0, *lengths]).cumsum(0).tolist()):
         others = torch.ones(sum(lengths), dtype=torch.bool)
         others[start:end] = False
         poisoned = arguments[0].clone()
         poisoned[start:end] = torch.nan
-        after = run(ordered, (poisoned, *arguments[1:]))
+        after = run(ordered, (poisoned, *arguments[1:]), grad)
         for name, dim in (("out", 0), ("lse", 1), ("dqkv", 0)):
             old, new = before[name].movedim(dim, 0), after[name].movedim(dim, 0)
             assert torch.equal(old[others], new[others]) and new[~others].isnan().all()
@@ -577,9 +542,9 @@ def test_nan_in_a_sequence_stays_there(dtype: torch.dtype, ordered: ctypes.CDLL)
 def test_all_are_dropped(library: ctypes.CDLL) -> None:
     library.emulated_setting(0, 0)
     for dtype in DTYPES:
-        (qkv, cu_seqlens, longest, scale, *_, grad), *_ = call((20, 3), 2, 16, dtype, "")
+        (qkv, cu_seqlens, longest, scale, *_), grad, *_ = call((20, 3), 2, 16, dtype)
         bits = torch.zeros(2, 23, 1, dtype=torch.int32)
-        found = run(library, (qkv, cu_seqlens, longest, scale, bits, 1.0, grad))
+        found = run(library, (qkv, cu_seqlens, longest, scale, bits, 1.0), grad)
         assert not found["out"].any() and not found["dqkv"].any() and found["lse"].isfinite().all()
 
 
@@ -590,10 +555,10 @@ def problem(library: ctypes.CDLL, kind: str) -> str:
     """ "" or what is wrong with the result of a call, in either order of warps."""
     dtype = torch.bfloat16 if "bf16" in kind else torch.float32
     lengths = (70, 17, 130, 3)
-    arguments, ref, base = call(lengths, 2, 40, dtype, "peaked" if "peaked" in kind else "dropout")
+    arguments, grad, ref, base = call(lengths, 2, 40, dtype, "peaked" if "peaked" in kind else "dropout")
     work = classes_of(lengths) if "classes" in kind else (torch.tensor([2, 0, 1, 3], dtype=torch.int32), None)
     try:
-        found = run(library, arguments, *work, backward=kind.startswith("d"))
+        found = run(library, arguments, grad, *work, backward=kind.startswith("d"))
     except RuntimeError as error:
         return str(error)
     ratios = {name: judge(found[name], ref[name], base[name]).ratio for name in found}

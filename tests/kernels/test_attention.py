@@ -1,6 +1,5 @@
 """What tests/ops/test_attention.py leaves open: tiles of every shape, classes of lengths, planted errors."""
 
-import functools
 import importlib.util
 import inspect
 import itertools
@@ -11,12 +10,12 @@ import torch
 from fastbert.kernels import attention as kernels
 from fastbert.kernels import cards
 
-from benchmarks import compiled, stock
+from benchmarks import compiled
 from fastbert import ops
-from fastbert.ops import reference
 from fastbert.parity import judge
 from tests.ops import philox
-from tests.ops.cases import DTYPES, SEED, normal
+from tests.ops.attention_calls import call, classes_of
+from tests.ops.cases import DTYPES
 
 ARCHES = (80, 86, 89, 90, 100, 120)
 # one below, at and above the tiles of 16, 64, 128 and 256, the longest of the last class but one, and one more
@@ -24,33 +23,6 @@ LENGTHS = (1, 64, 15, 129, 16, 17, 0, 63, 65, 127, 128)
 LONG = (255, 512, 256, 513, 257)
 KINDS = ("", "peaked", "dropout")
 NEAR = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
-
-
-@functools.cache
-def call(lengths, heads, dim, dtype, kind=""):
-    """(arguments, upstream gradient, ref, base) of a call in the dtype; ref and base by name."""
-    like = f"{lengths} {heads} {dim}"
-    qkv = normal(sum(lengths), 3, heads, dim, like=like)
-    if kind == "peaked":
-        qkv[:, 0] *= 8  # scores of size 8
-    qkv, grad = qkv.to(dtype), normal(sum(lengths), heads, dim, like=f"gradient {like}").to(dtype)
-    cu_seqlens, p = torch.tensor([0, *lengths]).cumsum(0).int(), 0.1 if kind == "dropout" else 0.0
-    bits = philox.bits(SEED, 0, cu_seqlens, max(lengths), heads, p) if p else None
-    arguments = qkv, cu_seqlens, max(lengths), dim**-0.5, bits, p
-    out, lse = reference.attention(qkv.double(), *arguments[1:])
-    both = [True, True]
-    found = reference.attention_backward(grad.double(), qkv.double(), out, lse, *arguments[1:], None, (), both)
-    with_bias = *arguments, None, (), torch.zeros_like(qkv[0])
-    base = *stock.attention_and_lse(*arguments), *stock.gradients(stock.attention, with_bias, (0, 8), grad)
-    names = "out", "lse", "dqkv", "dbias"
-    return arguments, grad, dict(zip(names, (out, lse, *found), strict=True)), dict(zip(names, base, strict=True))
-
-
-def classes_of(lengths):
-    """The order, longest first, and how many sequences each length class holds, as `unpad` makes them."""
-    found = [sum(length > bound for bound in kernels.CLASSES) for length in lengths]
-    order = torch.argsort(torch.tensor(lengths), descending=True, stable=True).int()
-    return order, [found.count(n) for n in range(len(kernels.CLASSES) + 1)]
 
 
 def run(arguments, grad, order=None, classes=(), module=kernels):
