@@ -177,7 +177,7 @@ def delta_of(out, dout):
 def store_sum(PARTS, place, heads, head, tile, D: tl.constexpr, PADDED: tl.constexpr):
     """The sum over the rows of a tile → PARTS [2 P, N, D] at a place: a program's share of dq's sum, then of dv's.
 
-    All rows of dv together have a row of dout as often as its row of P, as dropout left it, sums up to.
+    Where nothing is dropped that of dv is the sum of dout: a row of P sums up to 1.
     """
     dims = tl.arange(0, PADDED)
     tl.store(PARTS + (heads.to(tl.int64) * place + head) * D + dims, tl.sum(tile.to(tl.float32), 0), mask=dims < D)
@@ -287,9 +287,9 @@ def one_pass_kernel(
     rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :]
     query = load_tile(queries_at, stride, length, BLOCK_M, D, PADDED)
     dout = load_tile(GRAD + out_at, part, length, BLOCK_M, D, PADDED)
-    if PARTS is not None and not DROPOUT:
+    if PARTS is not None:
         store_sum(PARTS, pair // heads * 2 + 1, heads, head, dout, D, PADDED)
-    delta, mass = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    delta = tl.zeros([BLOCK_M], tl.float32)
     if BLOCK_N < BLOCK_M:
         delta = delta_of(load_tile(OUT + out_at, part, length, BLOCK_M, D, PADDED), dout)
     lse = tl.load(LSE + row + rows, mask=rows < length, other=0.0)[:, None]
@@ -310,8 +310,6 @@ def one_pass_kernel(
             keep = kept(bits, width, rows, length, keys, length - j, BLOCK_N // 32)
             dropped = tl.where(keep, probabilities, 0.0)
             dprobabilities = tl.where(keep, dprobabilities * keep_scale, 0.0)
-            if PARTS is not None:
-                mass += tl.sum(dropped, 1) * keep_scale
         dvalue = tl.dot(dropped.to(dout.dtype).T, dout, input_precision=PRECISION) * keep_scale
         store_tile(dqueries_at + key_at + part, stride, length - j, dvalue, BLOCK_N, D, PADDED)
         if BLOCK_N >= BLOCK_M:
@@ -323,8 +321,6 @@ def one_pass_kernel(
     store_tile(dqueries_at, stride, length, dquery * scale, BLOCK_M, D, PADDED)
     if PARTS is not None:
         store_sum(PARTS, pair // heads * 2, heads, head, dquery * scale, D, PADDED)
-        if DROPOUT:
-            store_sum(PARTS, pair // heads * 2 + 1, heads, head, dout.to(tl.float32) * mass[:, None], D, PADDED)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -348,14 +344,13 @@ def dq_kernel(
     query = load_tile(keys_at - part + i * far, stride, length - i, BLOCK_M, D, PADDED)
     dout = load_tile(GRAD + out_at, part, length - i, BLOCK_M, D, PADDED)
     place = (pair // heads * blocks + i // BLOCK_M) * 2
-    if PARTS is not None and not DROPOUT:
+    if PARTS is not None:
         store_sum(PARTS, place + 1, heads, head, dout, D, PADDED)
     delta = delta_of(load_tile(OUT + out_at, part, length - i, BLOCK_M, D, PADDED), dout)
     tl.store(DELTA + row + rows, delta, mask=rows < length - i)
     lse = tl.load(LSE + row + rows, mask=rows < length - i, other=0.0)[:, None]
     dquery = tl.zeros([BLOCK_M, PADDED], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)  # 1, but for the rounding of lse
-    mass = tl.zeros([BLOCK_M], tl.float32)
     for j in range(0, length, BLOCK_N):
         key_at = keys_at + j * far
         key = load_tile(key_at, stride, length - j, BLOCK_N, D, PADDED)
@@ -370,8 +365,6 @@ def dq_kernel(
             bits = BITS + row * width + j // 32
             keep = kept(bits, width, rows, length - i, keys, length - j, BLOCK_N // 32)
             dprobabilities = tl.where(keep, dprobabilities * keep_scale, 0.0)
-            if PARTS is not None:
-                mass += tl.sum(tl.where(keep, probabilities, 0.0), 1) * keep_scale
         dscores = (probabilities * (dprobabilities - delta[:, None])).to(query.dtype)
         dquery = tl.dot(dscores, key, dquery, input_precision=PRECISION)
     if query.dtype == tl.float32:
@@ -381,8 +374,6 @@ def dq_kernel(
     store_tile(dquery_at, stride, length - i, dquery * scale, BLOCK_M, D, PADDED)
     if PARTS is not None:
         store_sum(PARTS, place, heads, head, dquery * scale, D, PADDED)
-        if DROPOUT:
-            store_sum(PARTS, place + 1, heads, head, dout.to(tl.float32) * mass[:, None], D, PADDED)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -516,11 +507,6 @@ def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
-def has_room_for_sums(dtype: torch.dtype, card: Card, drops: bool) -> bool:
-    """Whether registers are left for the sums of dq and dv where they are made; else dqkv is summed afterwards."""
-    return dtype != torch.float32 and (not drops or card.arch in (90, 100, 103))
-
-
 def blocks_of_queries(longest: int, tiles: BackwardTiles) -> int:
     """How many programs share the queries of a sequence and head, at most."""
     return triton.cdiv(longest, tiles.dq.block_m) if tiles.dq else 1
@@ -554,7 +540,7 @@ def attention_backward(
         for first, count, longest in launches(cu_seqlens.shape[0] - 1, max_seqlen, classes)
     ]
     parts, places = None, [None] * len(work)
-    if needed[1] and has_room_for_sums(qkv.dtype, card, keep_bits is not None):
+    if needed[1] and qkv.dtype != torch.float32 and keep_bits is None:  # the others have no registers left for sums
         parts, places = part_sums(qkv, [count * blocks_of_queries(longest, tiles) for _, count, longest, tiles in work])
     for (first, count, longest, chosen), sums in zip(work, places, strict=True):
         where = cu_seqlens, order, keep_bits, first
