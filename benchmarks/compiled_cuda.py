@@ -21,9 +21,8 @@ from fastbert import native
 ARCHS = ("75", "80", "86", "89", "90a", "100a", "120a")
 MOST_STACK = 64  # bytes
 HEADING = "## CUDA\n"
-NAME = re.compile(
-    r"_\d+_(\w+?)_cu_[0-9a-f]{8}(?:_\d+)?(\d+)(\w+)"
-)  # file, length of the kernel's name, name and what follows
+# A file's anonymous namespace: hash, length, file's name, hash; its kernel: length of the name, name and what follows
+NAME = re.compile(r"_[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}(?:_\d+)?(\d+)(\w+)")
 FUNCTION = re.compile(r"^\s*Function\s*:\s*(\S+)\s*$", re.MULTILINE)
 USAGE = re.compile(r"Function (\S+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 

@@ -39,6 +39,15 @@ def test_every_kernel_on_every_card(arch: str, tools: Path) -> None:
         assert any(kernel.vectors for kernel in found if kernel.file == file)
 
 
+@pytest.mark.parametrize("hashes", [("f07c4e49", "c50862dc"), ("40291537", "86420975")])
+def test_a_kernel_is_named_by_its_file(hashes: tuple[str, str]) -> None:
+    """Also where nvcc's hashes of the file happen to be digits alone, as one in 43 is."""
+    mangled = "_ZN8fastbert4cuda52_GLOBAL__N__{}_19_embed_layer_norm_cu_{}9add_chunkINS0_4HalfEEEvPKf".format(*hashes)
+    found = compiled_cuda.NAME.search(mangled)
+    assert found is not None
+    assert found.groups() == ("embed_layer_norm", "9", "add_chunkINS0_4HalfEEEvPKf")
+
+
 def compiled(source: Path, tools: Path, setup_py: ModuleType, nvcc: str, *options: str) -> list[compiled_cuda.Kernel]:
     """The kernels of one file, compiled for sm_80 alone."""
     target = source.with_suffix(".cubin")
