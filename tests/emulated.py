@@ -16,6 +16,7 @@ from fastbert import native
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests/emulator"
 NAME = "fastbert_emulated"
+BUILT = os.environ.get("FASTBERT_EMULATED", "")  # a library that was built elsewhere, beside another torch
 FLAGS = "-O1 -fPIC -fvisibility=hidden -DFASTBERT_CUDA -Wall -Wno-unknown-pragmas -Wno-sign-compare"
 
 
@@ -30,7 +31,9 @@ def setup_py() -> ModuleType:
 
 
 def is_here() -> bool:
-    """Whether there are the sources, which an installed fastbert lacks, and what they are compiled with."""
+    """Whether there is a library, or its sources, which an installed fastbert lacks, and what compiles them."""
+    if BUILT:
+        return True
     if not (ROOT / "csrc").is_dir():
         return False
     return setup_py().find_torch() is not None and setup_py().find_compiler() is not None
@@ -39,7 +42,7 @@ def is_here() -> bool:
 @functools.cache
 def load() -> None:
     """Backend "cuda" runs on CPU tensors in this process from now on, where it is asked for."""
-    native.load_emulated(built(), NAME)
+    native.load_emulated(Path(BUILT) if BUILT else built(), NAME)
 
 
 def built(csrc: Path = ROOT / "csrc", name: str = NAME, *options: str) -> Path:

@@ -148,9 +148,10 @@ __device__ inline void normalize_backward(float (&grad)[kColumns], const float (
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) scaled[i] = grad[i] * gamma[i];
   const float projection = row_mean(dot(scaled, normalized), hidden, parts[1][threadIdx.z]);
+  const float scale = hidden == 1 ? 0.0f : rstd;  // what one element is normalized to does not depend on it
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
-    grad[i] = fmaf(grad[i], gamma[i], -fmaf(normalized[i], projection, mean)) * rstd;  // where they cancel, exact
+    grad[i] = fmaf(grad[i], gamma[i], -fmaf(normalized[i], projection, mean)) * scale;  // where they cancel, exact
   }
 }
 

@@ -240,6 +240,17 @@ class Explanation:
     backends: dict[str, dict[str, list[str]]]
     kernels: dict[str, str]
 
+    @property
+    def unmeasured(self) -> dict[str, list[str]]:
+        """Op → the backends behind the one that runs it which would take the call too.
+
+        No record of timings in the package says yet which of them is the fastest on this card. `reference`, the
+        specification, is never meant to be.
+        """
+        takers = {op: [name for name, reasons in b.items() if not reasons] for op, b in self.backends.items()}
+        behind = {op: [name for name in names[1:] if name != "reference"] for op, names in takers.items()}
+        return {op: names for op, names in behind.items() if names}
+
     def __str__(self) -> str:
         lines = [str(model) for model in self.models]
         lines += ["which backend runs an op on the fast path:"] if self.backends else []
@@ -247,7 +258,8 @@ class Explanation:
             taker = next((name for name, reasons in backends.items() if not reasons), "none")
             refused = [f"{name}: {'; '.join(reasons)}" for name, reasons in backends.items() if reasons]
             kernel = f", {self.kernels[op]}" if op in self.kernels else ""
-            lines.append(f"  {op}: {taker}{kernel}" + (f" (not {' | '.join(refused)})" if refused else ""))
+            order = f", before {' and '.join(self.unmeasured[op])}: unmeasured" if op in self.unmeasured else ""
+            lines.append(f"  {op}: {taker}{kernel}{order}" + (f" (not {' | '.join(refused)})" if refused else ""))
         return "\n".join(lines)
 
 

@@ -64,6 +64,9 @@ def test_tiles_of_every_hidden_size(arch, dtype):
         tiles = kernels.choose_run_tiles(hidden, dtype, cards.Card(arch, 100))
         assert tiles.columns & (tiles.columns - 1) == 0 and tiles.columns >= min(hidden, 256)
         assert tiles.chunk % kernels.AHEAD.value == 0
+        rows = kernels.choose_backward_tiles(hidden, dtype, cards.Card(arch, 100))
+        assert rows.columns >= hidden and rows.rows * rows.columns >= 32 * rows.num_warps
+        assert rows.num_warps * rows.ctas == 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

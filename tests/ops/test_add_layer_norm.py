@@ -48,3 +48,16 @@ def test_gradients_beside_an_fp32_residual_stream(dtype, plain_backend, parity):
             assert ours.dtype == given.dtype == base[output].dtype
             check = f"add_layer_norm_backward/{plain_backend}/{output}/fp32 residual/{name}"
             parity(ours.cpu(), ref[output], base[output].cpu(), name=check, elementwise=SPEC.elementwise(output))
+
+
+def test_one_column_has_no_gradient(dtype, plain_backend):
+    """What a row of one element is normalized to does not depend on it: exactly zeros, whatever rounding leaves."""
+    if plain_backend.name == "reference":
+        return  # from a mean that was rounded to fp32: its float64 takes the rounding for x
+    arguments = cast(tuple(torch.randn(9, 1) for _ in range(2)), dtype, plain_backend.device)
+    x, residual = (a.requires_grad_() for a in arguments)
+    gamma, beta = (torch.randn(1).to(x) for _ in range(2))
+    with ops.use_backend(plain_backend.name):
+        y, _, _ = ops.add_layer_norm(x, None, residual, gamma, beta, 1e-12)
+        y.backward(torch.randn(9, 1).to(y))
+    assert not x.grad.any() and not residual.grad.any()

@@ -310,7 +310,7 @@ def text_of(table):
 def test_explain_and_doctor_tell_a_check_and_a_record(plant, monkeypatch):
     _, model = pair("BertModel", "bert")
     plant(ops.linear, builtins.linear)
-    assert "  linear: cpu, self-check passed\n" in str(fastbert.explain(model))
+    assert "  linear: cpu, self-check passed, before torch: unmeasured\n" in str(fastbert.explain(model))
     states = {
         line["state"]: line for line in doctor.kernels() if (line["kernel"], line["backend"]) == ("linear", "cpu")
     }
@@ -318,13 +318,24 @@ def test_explain_and_doctor_tell_a_check_and_a_record(plant, monkeypatch):
     assert states["checked"]["card"] == CARD
     monkeypatch.setattr(proven, "records", lambda: (record_of_linear(),))
     monkeypatch.setattr(proven, "running", lambda kernel, backend: "those of now")
-    assert f"  linear: cpu, proven on {CARD}: record of 2026-01-02, commit 0123abcd\n" in str(fastbert.explain(model))
+    proof = f"proven on {CARD}: record of 2026-01-02, commit 0123abcd"
+    assert f"  linear: cpu, {proof}, before torch: unmeasured\n" in str(fastbert.explain(model))
     lines = {
         line["dtype"]: line["state"]
         for line in doctor.kernels()
         if (line["kernel"], line["backend"]) == ("linear", "cpu")
     }
     assert lines == {"float32": "proven", "bfloat16": "checked", "float16": "checked"}
+
+
+def test_explain_marks_an_order_that_no_record_is_behind():
+    _, model = pair("BertModel", "bert")
+    told = fastbert.explain(model)
+    assert "linear" not in told.unmeasured and "\n  linear: torch\n" in str(told)  # nothing else takes it
+    with fastbert.use_backend("reference", "torch"):
+        told = fastbert.explain(model)
+        assert told.unmeasured["linear"] == ["torch"]
+        assert "\n  linear: reference, before torch: unmeasured\n" in str(told)
 
 
 def test_doctor_says_why_a_kernel_is_not_run_here(monkeypatch):
