@@ -1,7 +1,8 @@
 """Triton's interpreter with its 16-bit arithmetic repaired (Triton 3.6 to 3.9), and hastened.
 
 Unrepaired it is wrong without a word: float32 → bfloat16 is cut off instead of rounded, a product of bfloat16 matrices
-multiplies their bit patterns, other arithmetic on bfloat16 takes them for integers, and TF32 is all of float32.
+multiplies their bit patterns, other arithmetic on bfloat16 takes them for integers, and TF32 is all of float32. And
+Triton 3.6's bounds of loops are arrays of one element, which numpy takes for integers up to 2.4 only.
 """
 
 from __future__ import annotations
@@ -109,7 +110,13 @@ def repair() -> None:
             raise TypeError("bfloat16 is reduced without a wider sum: cast it to float32 first")
         return reduce(self, inputs)
 
+    patch = interpreter._patch_lang_tensor
+
+    def repaired_patch(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     hasten(interpreter)
-    interpreter._convert_float = repaired_convert
+    interpreter._convert_float, interpreter._patch_lang_tensor = repaired_convert, repaired_patch
     builder.create_dot, interpreter.ReduceOps.apply_impl = repaired_dot, refusing_reduce
     builder.binary_op, builder.unary_op = refusing(builder.binary_op), refusing(builder.unary_op)
