@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc):
 
 
 QUICK_CASES = {  # interpreted or emulated; the kernels' own tests add lengths and head sizes at tile boundaries
-    "float32": ("edges", "odd", "narrow", "empty_ends", "no_tokens"),
+    "float32": ("edges", "odd", "empty_ends", "no_tokens"),
     "bfloat16": ("edges", "odd", "narrow", "equal"),
     "float16": ("odd", "equal"),
 }
