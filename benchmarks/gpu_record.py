@@ -20,12 +20,24 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from benchmarks.record import baselines, card, ceilings, load, models, op_times, origin, parity, sanitizer, sweep, table
+from benchmarks.record import (
+    baselines,
+    card,
+    ceilings,
+    jsonl,
+    load,
+    models,
+    op_times,
+    origin,
+    parity,
+    sanitizer,
+    sweep,
+    table,
+)
 from benchmarks.record.setting import Line, Setting, in_words
 from fastbert import ops
 
@@ -74,8 +86,7 @@ class Recorder:
 
     def append(self, line: Line) -> None:
         """Writes a row; it is in the file when this returns."""
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(line), default=str, allow_nan=False) + "\n")
+        jsonl.append(self.file, line)
 
     def rows(self) -> list[Line]:
         """What this run wrote, and a process that it handed over to."""
@@ -136,15 +147,6 @@ class Recorder:
         command += [str(word) for option in options.items() for word in option]
         done = subprocess.run([*command, *(["--dry-run"] if self.setting.dry_run else [])], cwd=ROOT, check=False)
         return ["the parts that another process ran"] if done.returncode else []
-
-
-def finite(value: Any) -> Any:
-    """A row as JSON knows it: infinities and NaN as words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def parser_of() -> argparse.ArgumentParser:

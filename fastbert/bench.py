@@ -90,6 +90,8 @@ def interleave(
     device: str = "cpu",
     progress: Progress = quiet,
     what: str = "timing",
+    seed: int | None = None,
+    before: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every candidate in every round, in the order A B A B.
 
@@ -98,7 +100,10 @@ def interleave(
         warmup: untimed rounds before, on the round numbers 0, 1, ...
         inner: calls per sample; the sample is their mean.
         device: a CUDA device is waited for before and after each sample.
+        seed: of another order in every round, for candidates that would leave traces in their neighbours.
+        before: called with a candidate's name before each of its samples, untimed.
     """
+    generator = random.Random(seed)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup):
         for run in candidates.values():
@@ -107,7 +112,11 @@ def interleave(
     gc.disable()
     try:
         for i in range(rounds):
-            for name, run in candidates.items():
+            order = list(candidates) if seed is None else generator.sample(list(candidates), len(candidates))
+            for name in order:
+                run = candidates[name]
+                if before is not None:
+                    before(name)
                 limits.synchronize(device)
                 begin = time.perf_counter()
                 for _ in range(inner):

@@ -64,7 +64,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _best_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+def best_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """The fewest of `repeats` calls, after one that is not counted."""
     run()
     best = float("inf")
     for _ in range(repeats):
@@ -94,7 +95,7 @@ def gemm_peak(
         if device == "cpu":
             ways["ops.linear packed"] = (ops.linear, ops.pack_weight(weight))
         for name, (product, w) in ways.items():
-            seconds = _best_seconds(lambda p=product, w=w, x=x: p(x, w), device, repeats)  # type: ignore[misc]
+            seconds = best_seconds(lambda p=product, w=w, x=x: p(x, w), device, repeats)  # type: ignore[misc]
             rates[f"{name} [{tokens}, {k}] x [{k}, {n}]"] = 2.0 * tokens * n * k / seconds
     best = max(rates, key=lambda name: rates[name])
     return {"flops_per_second": rates[best], "where": best, "rates": rates}
@@ -105,7 +106,7 @@ def copy_bandwidth(device: str = "cpu", megabytes: int = 256, repeats: int = 5) 
     """Bytes read plus bytes written per second by a plain copy much larger than any cache."""
     source = torch.ones(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    seconds = _best_seconds(lambda: target.copy_(source), device, repeats)
+    seconds = best_seconds(lambda: target.copy_(source), device, repeats)
     return 2.0 * source.numel() * 4 / seconds
 
 

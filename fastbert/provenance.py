@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ PACKAGES = ("torch", "transformers", "triton", "numpy", "tokenizers", "safetenso
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve")
 
 
-def provenance() -> dict[str, Any]:
-    """Machine, versions, git commit, date (UTC) and load average of this moment."""
+def provenance(more: Sequence[str] = ()) -> dict[str, Any]:
+    """Machine, versions, git commit, date (UTC) and load average of this moment.
+
+    more: further packages whose versions count.
+    """
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(more),
         "git": git(),
         "load_average": load_average(),
     }
@@ -57,10 +61,10 @@ def cuda_device(index: int) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
+def versions(more: Sequence[str] = ()) -> dict[str, str | None]:
     """Python and the packages a figure depends on; None: not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "fastbert": fastbert.__version__}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

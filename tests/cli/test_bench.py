@@ -151,13 +151,13 @@ def test_gemm_peak_is_the_best_of_all_rates():
 
 
 def test_gemm_peak_counts_a_product_once(monkeypatch):
-    monkeypatch.setattr(limits, "_best_seconds", lambda run, device, repeats: 1.0)
+    monkeypatch.setattr(limits, "best_seconds", lambda run, device, repeats: 1.0)
     found = limits.gemm_peak(Dimensions(1, 64, 128), torch.float32, tokens=10)
     assert found["flops_per_second"] == 2 * 10 * 64 * 192  # QKV is the largest here
 
 
 def test_copy_bandwidth_counts_reads_and_writes(monkeypatch):
-    monkeypatch.setattr(limits, "_best_seconds", lambda run, device, repeats: 2.0)
+    monkeypatch.setattr(limits, "best_seconds", lambda run, device, repeats: 2.0)
     assert limits.copy_bandwidth(megabytes=4) == 2 * 4 * 2**20 / 2.0
 
 
