@@ -19,7 +19,7 @@ FASTBERT_INLINE Float sum_at(const AddLayerNorm& inputs, int64_t row, int64_t co
 }
 
 template <typename X, typename R>
-void forward(const AddLayerNorm& inputs, const R* beta, float eps, R* y, float* means, float* rstds, RowMemory memory,
+void forward(const AddLayerNorm inputs, const R* beta, float eps, R* y, float* means, float* rstds, RowMemory memory,
              int64_t first, int64_t last) {
   const auto* gamma = static_cast<const R*>(inputs.gamma);
   const int64_t hidden = inputs.hidden;
@@ -45,7 +45,7 @@ void forward(const AddLayerNorm& inputs, const R* beta, float eps, R* y, float* 
 
 // The rows of a block; parts [3, blocks, hidden]
 template <typename X, typename R>
-void backward(const AddLayerNorm& inputs, const R* grads, const float* means, const float* rstds, float* parts,
+void backward(const AddLayerNorm inputs, const R* grads, const float* means, const float* rstds, float* parts,
               X* dx, R* dresidual, RowMemory memory, int64_t block) {
   const auto* gamma = static_cast<const R*>(inputs.gamma);
   const int64_t hidden = inputs.hidden, blocks = block_count(inputs.rows);

@@ -37,7 +37,7 @@ struct Rows {
 };
 
 template <typename T>
-void forward(const EmbedLayerNorm& inputs, const T* beta, float eps, T* y, float* means, float* rstds, T* pre,
+void forward(const EmbedLayerNorm inputs, const T* beta, float eps, T* y, float* means, float* rstds, T* pre,
              RowMemory memory, int64_t first, int64_t last) {
   const auto* gamma = static_cast<const T*>(inputs.gamma);
   const int64_t hidden = inputs.hidden;
@@ -67,7 +67,7 @@ void forward(const EmbedLayerNorm& inputs, const T* beta, float eps, T* y, float
 
 // The rows of a block; parts [2, blocks, hidden]
 template <typename T>
-void backward(const EmbedLayerNorm& inputs, const T* grads, const float* means, const float* rstds, const T* pre,
+void backward(const EmbedLayerNorm inputs, const T* grads, const float* means, const float* rstds, const T* pre,
               float* parts, float* dx, RowMemory memory, int64_t block) {
   const auto* gamma = static_cast<const T*>(inputs.gamma);
   const int64_t hidden = inputs.hidden;

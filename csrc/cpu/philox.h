@@ -11,6 +11,7 @@ namespace {
 constexpr int kRounds = 7;
 constexpr int kColumnsPerCounter = 8;
 constexpr int kCounters = kLanes / 2;  // of a vector: each stands in 64 bits
+constexpr int kDraws = kCounters * kColumnsPerCounter;  // made at a time
 
 // The products of the low 32 bits of every 64.
 FASTBERT_INLINE Long product(Long x, uint64_t multiplier) {
@@ -26,11 +27,33 @@ FASTBERT_INLINE Long product(Long x, uint64_t multiplier) {
 #endif
 }
 
+// x[0], y[0], x[2], y[2], ...
+FASTBERT_INLINE Long evens(Long x, Long y) {
+#if defined(__AVX512F__)
+  return bits_of<Long>(_mm512_unpacklo_epi64(bits_of<__m512i>(x), bits_of<__m512i>(y)));
+#elif defined(__AVX2__)
+  return bits_of<Long>(_mm256_unpacklo_epi64(bits_of<__m256i>(x), bits_of<__m256i>(y)));
+#else
+  return Long{x[0], y[0]};
+#endif
+}
+
+// x[1], y[1], x[3], y[3], ...
+FASTBERT_INLINE Long odds(Long x, Long y) {
+#if defined(__AVX512F__)
+  return bits_of<Long>(_mm512_unpackhi_epi64(bits_of<__m512i>(x), bits_of<__m512i>(y)));
+#elif defined(__AVX2__)
+  return bits_of<Long>(_mm256_unpackhi_epi64(bits_of<__m256i>(x), bits_of<__m256i>(y)));
+#else
+  return Long{x[1], y[1]};
+#endif
+}
+
 // draws: the 16 bits of the elements of kCounters counters from `counter` on.
 FASTBERT_INLINE void draw(uint64_t seed, uint32_t counter, uint32_t row, uint32_t site, uint32_t head, uint16_t* draws) {
   uint64_t low = seed & 0xffffffffu, high = seed >> 32;
   Long a, b = Long{} + row, c = Long{} + site, d = Long{} + head;  // what stands above their low 32 bits is not read
-  for (int i = 0; i < kCounters; ++i) a[i] = counter + i;
+  for (int i = 0; i < kCounters; ++i) a[i] = counter + i / 2 + i % 2 * (kCounters / 2);  // as evens and odds take them
   for (int round = 0; round < kRounds; ++round) {
     const Long left = product(a, 0xD2511F53u), right = product(c, 0xCD9E8D57u);
     a = (right >> 32) ^ b ^ low;
@@ -41,13 +64,9 @@ FASTBERT_INLINE void draw(uint64_t seed, uint32_t counter, uint32_t row, uint32_
     high = (high + 0xBB67AE85u) & 0xffffffffu;
   }
   const Long first = (a & 0xffffffffu) | b << 32, second = (c & 0xffffffffu) | d << 32;  // 4 elements each
-  for (int i = 0; i < kCounters; ++i) {
-    const uint64_t words[] = {first[i], second[i]};
-    std::memcpy(draws + i * kColumnsPerCounter, words, sizeof(words));
-  }
+  const Long halves[] = {evens(first, second), odds(first, second)};
+  std::memcpy(draws, halves, sizeof(halves));
 }
-
-constexpr int kDraws = kCounters * kColumnsPerCounter;  // made at a time
 
 // The 16 bits of the elements of a row; memory of [hidden], rounded up to kDraws.
 FASTBERT_INLINE void draw_row(const Dropout& dropout, int64_t row, int64_t hidden, uint16_t* draws) {
@@ -59,7 +78,7 @@ FASTBERT_INLINE void draw_row(const Dropout& dropout, int64_t row, int64_t hidde
 
 // x after dropout by what was drawn for its elements.
 FASTBERT_INLINE Float drop(Float x, const Dropout& dropout, const uint16_t* draws) {
-  const Word drawn = __builtin_convertvector(read<Short>(draws, Whole{}), Word);
+  const Word drawn = words_of(read<Short>(draws, Whole{}));
   return select(drawn >= dropout.threshold, x * dropout.scale, Float{});
 }
 

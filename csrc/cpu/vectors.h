@@ -72,16 +72,73 @@ FASTBERT_INLINE Float select(Int where, Float yes, Float no) { return where ? ye
 
 FASTBERT_INLINE Word select(Int where, Word yes, Word no) { return where ? yes : no; }
 
+// Conversions. Those of x86 have names: of its vectors GCC makes halves, which go through memory.
+
+FASTBERT_INLINE Word words_of(Short x) {
+#if defined(__AVX512F__)
+  return bits_of<Word>(_mm512_cvtepu16_epi32(bits_of<__m256i>(x)));
+#elif defined(__AVX2__)
+  return bits_of<Word>(_mm256_cvtepu16_epi32(bits_of<__m128i>(x)));
+#else
+  return __builtin_convertvector(x, Word);
+#endif
+}
+
+// The low 16 bits of each.
+FASTBERT_INLINE Short shorts_of(Word x) {
+#if defined(__AVX512F__)
+  return bits_of<Short>(_mm512_cvtepi32_epi16(bits_of<__m512i>(x)));
+#else
+  return __builtin_convertvector(x, Short);
+#endif
+}
+
+FASTBERT_INLINE Double first_half(Float x) {
+#if defined(__AVX512F__)
+  return bits_of<Double>(_mm512_cvtps_pd(_mm512_castps512_ps256(bits_of<__m512>(x))));
+#elif defined(__AVX2__)
+  return bits_of<Double>(_mm256_cvtps_pd(_mm256_castps256_ps128(bits_of<__m256>(x))));
+#else
+  HalfFloat half;
+  std::memcpy(&half, &x, sizeof(half));
+  return __builtin_convertvector(half, Double);
+#endif
+}
+
+FASTBERT_INLINE Double second_half(Float x) {
+#if defined(__AVX512F__)
+  return bits_of<Double>(_mm512_cvtps_pd(_mm512_extractf32x8_ps(bits_of<__m512>(x), 1)));
+#elif defined(__AVX2__)
+  return bits_of<Double>(_mm256_cvtps_pd(_mm256_extractf128_ps(bits_of<__m256>(x), 1)));
+#else
+  HalfFloat half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&x) + sizeof(half), sizeof(half));
+  return __builtin_convertvector(half, Double);
+#endif
+}
+
+FASTBERT_INLINE Float joined(Double first, Double second) {
+  const HalfFloat halves[] = {__builtin_convertvector(first, HalfFloat), __builtin_convertvector(second, HalfFloat)};
+  Float found;
+  std::memcpy(&found, halves, sizeof(found));
+  return found;
+}
+
+FASTBERT_INLINE double sum_of(Double x) {
+  for (int width = kLanes / 4; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+  return x[0];
+}
+
 // 16-bit formats
 
-FASTBERT_INLINE Float widened(Short bits, BFloat16) {
-  return bits_of<Float>(__builtin_convertvector(bits, Word) << 16);
-}
+FASTBERT_INLINE Float widened(Short bits, BFloat16) { return bits_of<Float>(words_of(bits) << 16); }
 
 // To the nearest, ties to even; NaN stays NaN. Not by AVX512_BF16, which takes subnormals for zeros.
 FASTBERT_INLINE Short narrowed(Float x, BFloat16) {
   const Word bits = bits_of<Word>(x), rounded = bits + (0x7fff + (bits >> 16 & 1));
-  return __builtin_convertvector(select(x == x, rounded, bits | 0x400000) >> 16, Short);
+  return shorts_of(select(x == x, rounded, bits | 0x400000) >> 16);
 }
 
 FASTBERT_INLINE Float widened(Short bits, Half) {
@@ -90,7 +147,7 @@ FASTBERT_INLINE Float widened(Short bits, Half) {
 #elif defined(__F16C__)
   return bits_of<Float>(_mm256_cvtph_ps(bits_of<__m128i>(bits)));
 #else
-  const Word word = __builtin_convertvector(bits, Word) << 16, magnitude = word + word;
+  const Word word = words_of(bits) << 16, magnitude = word + word;
   const Float normal = bits_of<Float>((magnitude >> 4) + (0xe0u << 23)) * 0x1p-112f;
   const Float subnormal = bits_of<Float>((magnitude >> 17) | (126u << 23)) - 0.5f;
   const Word found = bits_of<Word>(select(magnitude < (1u << 27), subnormal, normal));
@@ -111,7 +168,7 @@ FASTBERT_INLINE Short narrowed(Float x, Half) {
   const Word least = select(exponent < 0x71000000u, all(0x71000000u), exponent);
   const Word sum = bits_of<Word>(bits_of<Float>((least >> 1) + 0x07800000u) + magnitude);
   const Word found = select(twice > 0xff000000u, all(0x7e00u), (sum >> 13 & 0x7c00u) + (sum & 0xfffu));
-  return __builtin_convertvector(found | word >> 16 & 0x8000u, Short);
+  return shorts_of(found | (word >> 16 & 0x8000u));
 #endif
 }
 
@@ -178,34 +235,6 @@ FASTBERT_INLINE Float rounded_to(Float x) {
   } else {
     return widened(narrowed(x, T{}), T{});
   }
-}
-
-// float64
-
-FASTBERT_INLINE Double first_half(Float x) {
-  HalfFloat half;
-  std::memcpy(&half, &x, sizeof(half));
-  return __builtin_convertvector(half, Double);
-}
-
-FASTBERT_INLINE Double second_half(Float x) {
-  HalfFloat half;
-  std::memcpy(&half, reinterpret_cast<const char*>(&x) + sizeof(half), sizeof(half));
-  return __builtin_convertvector(half, Double);
-}
-
-FASTBERT_INLINE Float joined(Double first, Double second) {
-  const HalfFloat halves[] = {__builtin_convertvector(first, HalfFloat), __builtin_convertvector(second, HalfFloat)};
-  Float found;
-  std::memcpy(&found, halves, sizeof(found));
-  return found;
-}
-
-FASTBERT_INLINE double sum_of(Double x) {
-  for (int width = kLanes / 4; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  }
-  return x[0];
 }
 
 // Calls f(column, count) for all columns, a vector of them at a time.
