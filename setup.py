@@ -27,6 +27,13 @@ CSRC = ROOT / "csrc"
 CUDA_ARCHS = ("75", "80", "86", "89", "90a", "100a", "120a")
 CUDA_PTX_ARCH = "80"  # what later cards compile for themselves
 CXX_FLAGS = "-std=c++17 -O3 -DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest torch served
+# The instruction sets of csrc/isa.h that vector code is compiled for beside the baseline, each with all before it:
+# their flags, and an instruction that the assembler must know.
+ISAS = {
+    "avx2": ("-mavx2 -mfma -mf16c", "vfmadd132ps %ymm0, %ymm0, %ymm0"),
+    "avx512": ("-mavx512f -mavx512bw -mavx512vl -mavx512dq", "vpmullq %zmm0, %zmm0, %zmm0"),
+    "avx512_bf16": ("-mavx512vnni -mavx512bf16", "vdpbf16ps %zmm0, %zmm0, %zmm0"),
+}
 
 
 def find_torch() -> Path | None:
@@ -62,6 +69,24 @@ def gencode_flags(nvcc: str) -> str:
     return " ".join([*flags, f"-gencode arch=compute_{CUDA_PTX_ARCH},code=compute_{CUDA_PTX_ARCH}"])
 
 
+def isa_flags(compiler: str) -> dict[str, str]:
+    """The instruction sets that the compiler knows for this machine, each with its flags."""
+    found, flags = dict[str, str](), ""
+    for isa, (more, instruction) in ISAS.items():
+        flags += f" {more}"
+        command = [compiler, *flags.split(), "-x", "c++", "-", "-c", "-o", os.devnull]
+        program = f'void f() {{ asm("{instruction}"); }}'
+        if subprocess.run(command, input=program, capture_output=True, text=True).returncode:
+            break
+        found[isa] = flags.strip()
+    return found
+
+
+def is_vector_code(source: Path) -> bool:
+    """Whether a file is compiled once per instruction set."""
+    return '#include "vectors.h"' in source.read_text()
+
+
 def ninja_file(target: Path, torch: Path, compiler: str, nvcc: str | None) -> str:
     def path(p: Path) -> str:
         return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -73,6 +98,8 @@ def ninja_file(target: Path, torch: Path, compiler: str, nvcc: str | None) -> st
     cxx_flags = f"{CXX_FLAGS} -fPIC -fvisibility=hidden {csrc} -isystem {shell(torch)}/include"
     libraries = f"-L{shell(torch)}/lib {{x}}--no-as-needed -ltorch -ltorch_cpu -lc10"
     link = f"{cxx} -shared -o $out $in " + libraries.format(x="-Wl,")
+    isas = isa_flags(compiler)
+    cxx_flags += "".join(f" -DFASTBERT_{isa.upper()}" for isa in isas)
     cuda = ""
     sources = sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")])
     if nvcc:
@@ -83,11 +110,16 @@ def ninja_file(target: Path, torch: Path, compiler: str, nvcc: str | None) -> st
         link += libraries.format(x="-Xlinker ")
         cuda += f" {CXX_FLAGS} -Xcompiler -fPIC,-fvisibility=hidden {csrc} {gencode_flags(nvcc)}"
     objects = {f"{source.parent.name}_{source.stem}.o": source for source in sources}
-    rules = {"cpp": f"{cxx} {cxx_flags} -MMD", "cu": f"{cuda} -MD"}
+    rules = {"cpp": f"{cxx} {cxx_flags} $isa -MMD", "cu": f"{cuda} -MD"}
     lines = [f"rule link\n  command = {link}"]
     for suffix, command in rules.items():
         lines.append(f"rule {suffix}\n  command = {command} -MF $out.d -c $in -o $out\n  depfile = $out.d")
     lines += [f"build {name}: {source.suffix[1:]} {path(source)}" for name, source in objects.items()]
+    for source in filter(is_vector_code, sources):
+        for isa, flags in isas.items():
+            name = f"{source.parent.name}_{source.stem}.{isa}.o"
+            lines.append(f"build {name}: cpp {path(source)}\n  isa = {flags} -DFASTBERT_ISA={isa}")
+            objects[name] = source
     lines.append(f"build {path(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

@@ -5,10 +5,12 @@
 
 #include "dropout.h"
 #include "dtype.h"
+#include "isa.h"
+#include "rows.h"
 
 namespace fastbert {
 
-constexpr int64_t kMostHidden = 4096;
+constexpr int64_t kMostHidden = 4096;  // of the CUDA kernels
 
 // x, residual [rows, hidden]; bias, gamma, beta [hidden]; all contiguous. x and bias have one dtype, the others the
 // same or, beside 16 bits, float32. bias may be nullptr.
@@ -38,4 +40,20 @@ const char* add_layer_norm_backward(const AddLayerNorm& inputs, const void* grad
                                     void* dgamma, void* dbeta, void* stream);
 
 }  // namespace cuda
+
+namespace cpu {
+
+// The rows first..last-1 of cuda::add_layer_norm.
+FASTBERT_KERNEL(add_layer_norm, (const AddLayerNorm& inputs, const void* beta, float eps, void* y, float* mean,
+                                 float* rstd, RowMemory memory, int64_t first, int64_t last))
+
+// A block of the rows of cuda::add_layer_norm_backward; its sums go to parts [3, `block_count`, hidden].
+FASTBERT_KERNEL(add_layer_norm_backward, (const AddLayerNorm& inputs, const void* grad, const float* mean,
+                                          const float* rstd, float* parts, void* dx, void* dresidual,
+                                          RowMemory memory, int64_t block))
+
+// parts [count, hidden] -> their sum [hidden]
+FASTBERT_KERNEL(add_layer_norm_sum, (const float* parts, int64_t count, int64_t hidden, Dtype dtype, void* out))
+
+}  // namespace cpu
 }  // namespace fastbert

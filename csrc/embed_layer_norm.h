@@ -5,7 +5,9 @@
 
 #include "dropout.h"
 #include "dtype.h"
+#include "isa.h"
 #include "pad.h"
+#include "rows.h"
 
 namespace fastbert {
 
@@ -58,4 +60,37 @@ const char* add_runs(const float* dx, const int32_t* keys, const int64_t* order,
                      float* parts, Dtype dtype, void* table, void* stream);
 
 }  // namespace cuda
+
+// Rows of a matrix that belong together: those of group i are order[starts[i]] to order[starts[i + 1] - 1].
+struct Groups {
+  const int32_t* order;
+  const int64_t* starts;
+  const int64_t* keys;  // of each group
+  int64_t count;
+};
+
+namespace cpu {
+
+// The rows first..last-1 of cuda::embed_layer_norm. All indices lie inside their tables.
+FASTBERT_KERNEL(embed_layer_norm, (const EmbedLayerNorm& inputs, const void* beta, float eps, void* y, float* mean,
+                                   float* rstd, void* pre, RowMemory memory, int64_t first, int64_t last))
+
+// A block of rows: dx [rows, hidden]; its sums of dgamma and dbeta go to parts [2, `block_count`, hidden].
+FASTBERT_KERNEL(embed_layer_norm_backward, (const EmbedLayerNorm& inputs, const void* grad, const float* mean,
+                                            const float* rstd, const void* pre, float* parts, float* dx,
+                                            RowMemory memory, int64_t block))
+
+constexpr int64_t kTile = 64;  // columns that are added up at a time
+
+static constexpr int64_t tile_count(int64_t hidden) { return (hidden + kTile - 1) / kTile; }
+
+// dx [rows, hidden] -> at the key of each group in table [size, hidden] the sum of its rows. Of the tiles of all
+// groups, a group's after one another, those first..last-1.
+FASTBERT_KERNEL(embed_layer_norm_table, (const float* dx, const Groups& groups, int64_t hidden, Dtype dtype,
+                                         void* table, int64_t first, int64_t last))
+
+// parts [count, hidden] -> their sum [hidden]
+FASTBERT_KERNEL(embed_layer_norm_sum, (const float* parts, int64_t count, int64_t hidden, Dtype dtype, void* out))
+
+}  // namespace cpu
 }  // namespace fastbert

@@ -7,15 +7,19 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
 #include <limits>
+#include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "add_layer_norm.h"
@@ -25,8 +29,6 @@
 #include "embed_layer_norm.h"
 #include "pad.h"
 #include "unpad.h"
-
-#define FASTBERT_UNPAD "unpad(Tensor mask, int tokens=-1) -> (Tensor indices, Tensor cu_seqlens, Tensor order)"
 
 namespace fastbert {
 namespace {
@@ -91,6 +93,94 @@ Tensor empty_indices(const Tensor& mask, int64_t total) {
   return empty_on_device_of(mask, total, ScalarType::Long);
 }
 
+int32_t* ints(const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); }
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: throw std::runtime_error("a tensor is none of float32, float16 and bfloat16");
+  }
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// [sizes], or [0] where it is not needed
+Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+void* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
+
+void* pointer_if(bool needed, const Tensor& tensor) { return needed ? tensor.data_ptr() : nullptr; }
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+// seed [] int64, on the device of the call
+Dropout dropout_of(double p, const std::optional<Tensor>& seed, int64_t site) {
+  const auto threshold = static_cast<uint32_t>(p * 65536 + 0.5);
+  if (threshold == 0 || !seed.has_value()) return {nullptr, 0, 0, 1.0f};
+  const float scale = threshold < 65536 ? static_cast<float>(65536.0 / (65536 - threshold)) : 0.0f;
+  return {static_cast<const int64_t*>(seed->data_ptr()), static_cast<uint32_t>(site), threshold, scale};
+}
+
+struct AddLayerNormTensors {
+  Tensor x;
+  std::optional<Tensor> bias;
+  Tensor residual, gamma;
+
+  AddLayerNorm inputs(double p, const std::optional<Tensor>& seed, int64_t site) const {
+    check(x.dim() == 2 && x.size(1) >= 1 && x.size(1) <= kMaxInt32, "add_layer_norm: x is not [T, 1 or more]");
+    return {x.data_ptr(), pointer(bias), residual.data_ptr(), gamma.data_ptr(), dtype_of(x), dtype_of(residual),
+            x.size(0), static_cast<int>(x.size(1)), dropout_of(p, seed, site)};
+  }
+};
+
+AddLayerNormTensors contiguous_inputs(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& residual,
+                                      const Tensor& gamma) {
+  return {torch::stable::contiguous(x), contiguous(bias), torch::stable::contiguous(residual),
+          torch::stable::contiguous(gamma)};
+}
+
+Indices indices_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Long}; }
+
+struct EmbedLayerNormTensors {
+  Tensor ids;
+  std::optional<Tensor> types;
+  Tensor positions, words;
+  std::optional<Tensor> type_table;
+  Tensor position_table, gamma;
+
+  EmbedLayerNorm inputs(double p, const std::optional<Tensor>& seed) const {
+    check(words.size(1) >= 1 && words.size(1) <= kMaxInt32, "embed_layer_norm: hidden size is not 1 or more");
+    const Table none = {nullptr, {nullptr, false}, 0};
+    const Table kinds = has_types() ? table_of(*type_table, *types) : none;
+    return {table_of(words, ids), kinds, table_of(position_table, positions), gamma.data_ptr(), dtype_of(words),
+            ids.size(0), static_cast<int>(words.size(1)), dropout_of(p, seed, 3)};
+  }
+
+  bool has_types() const { return types.has_value() && type_table.has_value(); }
+
+  static Table table_of(const Tensor& table, const Tensor& indices) {
+    return {table.data_ptr(), indices_of(indices), table.size(0)};
+  }
+};
+
+EmbedLayerNormTensors contiguous_tables(const Tensor& ids, const std::optional<Tensor>& types, const Tensor& positions,
+                                        const Tensor& words, const std::optional<Tensor>& type_table,
+                                        const Tensor& position_table, const Tensor& gamma) {
+  using torch::stable::contiguous;
+  return {contiguous(ids), fastbert::contiguous(types), contiguous(positions), contiguous(words),
+          fastbert::contiguous(type_table), contiguous(position_table), contiguous(gamma)};
+}
+
 #ifndef FASTBERT_EMULATED
 
 // mask [B, S] -> indices [T] int64, cu_seqlens [B + 1] int32, order [B] int32; tokens: T, if it is known
@@ -120,7 +210,234 @@ std::tuple<Tensor, Tensor, Tensor> unpad_cpu(const Tensor& mask_tensor, int64_t)
   return {indices_tensor, cu_tensor, order_tensor};
 }
 
+// Memory of a task of the kernels of rows, on lines of the cache.
+class TaskMemory {
+ public:
+  explicit TaskMemory(int64_t hidden)
+      : sums_(allocate((hidden + cpu::kRowPadding) * sizeof(float))),
+        draws_(allocate((hidden + cpu::kRowPadding) * sizeof(uint16_t))) {}
+
+  cpu::RowMemory get() const { return {static_cast<float*>(sums_.get()), static_cast<uint16_t*>(draws_.get())}; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, kLine); }
+  };
+  using Memory = std::unique_ptr<void, Free>;
+
+  static Memory allocate(size_t bytes) { return Memory(::operator new(bytes, kLine)); }
+
+  Memory sums_, draws_;
+};
+
+// f(memory, first, last) for parts of the rows [0, rows)
+template <typename F>
+void parallel_rows(int64_t rows, int64_t hidden, F f) {
+  torch::stable::parallel_for(0, rows, kElementsPerTask / hidden + 1, [&](int64_t first, int64_t last) {
+    const TaskMemory memory(hidden);
+    f(memory.get(), first, last);
+  });
+}
+
+// f(memory, block) for the blocks of the rows [0, rows)
+template <typename F>
+void parallel_blocks(int64_t rows, int64_t hidden, F f) {
+  const int64_t grain = kElementsPerTask / (cpu::kBlockRows * hidden) + 1;
+  torch::stable::parallel_for(0, cpu::block_count(rows), grain, [&](int64_t first, int64_t last) {
+    const TaskMemory memory(hidden);
+    for (int64_t block = first; block < last; ++block) f(memory.get(), block);
+  });
+}
+
+// x, residual [T, H] -> y [T, H] in the residual's dtype, mean [T], rstd [T]
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x, const std::optional<Tensor>& bias,
+                                                      const Tensor& residual, const Tensor& gamma, const Tensor& beta,
+                                                      double eps, double p, const std::optional<Tensor>& seed,
+                                                      int64_t site) {
+  const AddLayerNormTensors tensors = contiguous_inputs(x, bias, residual, gamma);
+  const AddLayerNorm inputs = tensors.inputs(p, seed, site);
+  const Tensor shift = torch::stable::contiguous(beta);
+  const Tensor y = empty(residual, {inputs.rows, inputs.hidden}, residual.scalar_type());
+  const Tensor mean = empty(x, {inputs.rows}, ScalarType::Float), rstd = empty(x, {inputs.rows}, ScalarType::Float);
+  void *const out = y.data_ptr(), *const shifts = shift.data_ptr();
+  float *const means = floats(mean), *const rstds = floats(rstd);
+  const auto kernel = cpu::add_layer_norm();
+  parallel_rows(inputs.rows, inputs.hidden, [&](cpu::RowMemory memory, int64_t first, int64_t last) {
+    kernel(inputs, shifts, static_cast<float>(eps), out, means, rstds, memory, first, last);
+  });
+  return {y, mean, rstd};
+}
+
+// grad [T, H] -> the gradients of x, bias, residual, gamma, beta
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward_cpu(
+    const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias, const Tensor& residual,
+    const Tensor& gamma, const Tensor& mean, const Tensor& rstd, double p, const std::optional<Tensor>& seed,
+    int64_t site, const std::vector<bool>& needed) {
+  const AddLayerNormTensors tensors = contiguous_inputs(x, bias, residual, gamma);
+  const AddLayerNorm inputs = tensors.inputs(p, seed, site);
+  const Tensor grads = torch::stable::contiguous(grad), means = torch::stable::contiguous(mean),
+               rstds = torch::stable::contiguous(rstd);
+  const int64_t rows = inputs.rows, hidden = inputs.hidden, blocks = cpu::block_count(rows);
+  const ScalarType narrow = x.scalar_type(), wide = residual.scalar_type();
+  const bool has_bias = needed[1] && bias.has_value();
+  const Tensor dx = empty_if(needed[0], x, {rows, hidden}, narrow), dbias = empty_if(has_bias, x, {hidden}, narrow);
+  const Tensor dresidual = empty_if(needed[2], residual, {rows, hidden}, wide);
+  const Tensor dgamma = empty_if(needed[3], gamma, {hidden}, wide), dbeta = empty_if(needed[4], gamma, {hidden}, wide);
+  const Tensor parts = empty(x, {3, blocks, hidden}, ScalarType::Float);
+  const void* const grad_rows = grads.data_ptr();
+  void *const dx_rows = pointer_if(needed[0], dx), *const dresidual_rows = pointer_if(needed[2], dresidual);
+  float* const sums = floats(parts);
+  const float *const mean_rows = floats(means), *const rstd_rows = floats(rstds);
+  const auto kernel = cpu::add_layer_norm_backward();
+  parallel_blocks(rows, hidden, [&](cpu::RowMemory memory, int64_t block) {
+    kernel(inputs, grad_rows, mean_rows, rstd_rows, sums, dx_rows, dresidual_rows, memory, block);
+  });
+  const auto sum = cpu::add_layer_norm_sum();
+  const Dtype wide_dtype = inputs.residual_dtype;
+  if (needed[3]) sum(sums, blocks, hidden, wide_dtype, dgamma.data_ptr());
+  if (needed[4]) sum(sums + blocks * hidden, blocks, hidden, wide_dtype, dbeta.data_ptr());
+  if (has_bias) sum(sums + 2 * blocks * hidden, blocks, hidden, inputs.x_dtype, dbias.data_ptr());
+  return {dx, dbias, dresidual, dgamma, dbeta};
+}
+
+int64_t index_at(Indices indices, int64_t row) {
+  return indices.is_wide ? static_cast<const int64_t*>(indices.data)[row]
+                         : static_cast<const int32_t*>(indices.data)[row];
+}
+
+void check_indices(const EmbedLayerNorm& inputs) {
+  for (const Table& table : {inputs.words, inputs.types, inputs.positions}) {
+    bool inside = true;
+    for (int64_t row = 0; table.data != nullptr && row < inputs.rows; ++row) {
+      const int64_t index = index_at(table.indices, row);
+      inside &= index >= 0 && index < table.size;
+    }
+    check(inside, "index out of range in self");  // PyTorch's words
+  }
+}
+
+// ids, types, positions [T]; tables [., H] -> y [T, H], mean, rstd [T], the sum [T, H] if it is to be saved
+std::tuple<Tensor, Tensor, Tensor, Tensor> embed_layer_norm_cpu(
+    const Tensor& ids, const std::optional<Tensor>& types, const Tensor& positions, const Tensor& words,
+    const std::optional<Tensor>& type_table, const Tensor& position_table, const Tensor& gamma, const Tensor& beta,
+    double eps, double p, const std::optional<Tensor>& seed, int64_t, int64_t, bool save) {
+  const auto tensors = contiguous_tables(ids, types, positions, words, type_table, position_table, gamma);
+  const EmbedLayerNorm inputs = tensors.inputs(p, seed);
+  check_indices(inputs);
+  const Tensor shift = torch::stable::contiguous(beta);
+  const int64_t rows = inputs.rows, hidden = inputs.hidden;
+  const Tensor y = empty(words, {rows, hidden}, words.scalar_type());
+  const Tensor pre = empty_if(save, words, {rows, hidden}, words.scalar_type());
+  const Tensor mean = empty(words, {rows}, ScalarType::Float), rstd = empty(words, {rows}, ScalarType::Float);
+  void *const out = y.data_ptr(), *const saved = pointer_if(save, pre), *const shifts = shift.data_ptr();
+  float *const means = floats(mean), *const rstds = floats(rstd);
+  const auto kernel = cpu::embed_layer_norm();
+  parallel_rows(rows, hidden, [&](cpu::RowMemory memory, int64_t first, int64_t last) {
+    kernel(inputs, shifts, static_cast<float>(eps), out, means, rstds, saved, memory, first, last);
+  });
+  return {y, mean, rstd, pre};
+}
+
+// dx [T, H] added up by a table's indices [T], always in the order of the rows -> the gradient of the table
+Tensor table_gradient_cpu(const Tensor& dx, const Table& table, int64_t padding, const Tensor& like, Dtype dtype) {
+  const int64_t rows = dx.size(0), hidden = dx.size(1);
+  std::vector<std::pair<int64_t, int32_t>> pairs;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t key = index_at(table.indices, row);
+    if (key != padding) pairs.emplace_back(key, static_cast<int32_t>(row));
+  }
+  std::sort(pairs.begin(), pairs.end());
+  std::vector<int32_t> order;
+  std::vector<int64_t> starts, keys;
+  for (const auto& [key, row] : pairs) {
+    if (keys.empty() || key != keys.back()) {
+      starts.push_back(static_cast<int64_t>(order.size()));
+      keys.push_back(key);
+    }
+    order.push_back(row);
+  }
+  const auto count = static_cast<int64_t>(keys.size()), tiles = count * cpu::tile_count(hidden);
+  starts.push_back(static_cast<int64_t>(order.size()));
+  const Groups groups = {order.data(), starts.data(), keys.data(), count};
+  const Tensor out = torch::stable::new_zeros(like, {table.size, hidden});
+  void* const sums = out.data_ptr();
+  const float* const dx_rows = floats(dx);
+  const auto kernel = cpu::embed_layer_norm_table();
+  const int64_t grain = kElementsPerTask * tiles / (rows * hidden + 1) + 1;
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) {
+    kernel(dx_rows, groups, hidden, dtype, sums, first, last);
+  });
+  return out;
+}
+
+// grad [T, H] -> the gradients of words, type_table, position_table, gamma, beta
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embed_layer_norm_backward_cpu(
+    const Tensor& grad, const Tensor& ids, const std::optional<Tensor>& types, const Tensor& positions,
+    const Tensor& words, const std::optional<Tensor>& type_table, const Tensor& position_table, const Tensor& gamma,
+    const Tensor& mean, const Tensor& rstd, const Tensor& pre, double p, const std::optional<Tensor>& seed,
+    int64_t word_padding, int64_t position_padding, const std::vector<bool>& needed) {
+  const auto tensors = contiguous_tables(ids, types, positions, words, type_table, position_table, gamma);
+  const EmbedLayerNorm inputs = tensors.inputs(p, seed);
+  check_indices(inputs);
+  check(inputs.rows <= kMaxInt32, "embed_layer_norm: more than 2147483647 rows");
+  const Tensor grads = torch::stable::contiguous(grad), means = torch::stable::contiguous(mean),
+               rstds = torch::stable::contiguous(rstd), saved = torch::stable::contiguous(pre);
+  const int64_t rows = inputs.rows, hidden = inputs.hidden, blocks = cpu::block_count(rows);
+  const ScalarType kind = words.scalar_type();
+  const Tensor parts = empty(words, {2, blocks, hidden}, ScalarType::Float);
+  const Tensor dx = empty(words, {rows, hidden}, ScalarType::Float);
+  const Tensor dgamma = empty_if(needed[3], words, {hidden}, kind), dbeta = empty_if(needed[4], words, {hidden}, kind);
+  const void *const grad_rows = grads.data_ptr(), *const pre_rows = pointer_if(pre.dim() == 2, saved);
+  float *const sums = floats(parts), *const dx_rows = floats(dx);
+  const float *const mean_rows = floats(means), *const rstd_rows = floats(rstds);
+  const auto kernel = cpu::embed_layer_norm_backward();
+  parallel_blocks(rows, hidden, [&](cpu::RowMemory memory, int64_t block) {
+    kernel(inputs, grad_rows, mean_rows, rstd_rows, pre_rows, sums, dx_rows, memory, block);
+  });
+  const auto sum = cpu::embed_layer_norm_sum();
+  if (needed[3]) sum(sums, blocks, hidden, inputs.dtype, dgamma.data_ptr());
+  if (needed[4]) sum(sums + blocks * hidden, blocks, hidden, inputs.dtype, dbeta.data_ptr());
+  const auto gradient = [&](bool wanted, const Table& table, int64_t padding) {
+    return wanted ? table_gradient_cpu(dx, table, padding, words, inputs.dtype) : empty(words, {0}, kind);
+  };
+  return {gradient(needed[0], inputs.words, word_padding),
+          gradient(needed[1] && tensors.has_types(), inputs.types, -1),
+          gradient(needed[2], inputs.positions, position_padding), dgamma, dbeta};
+}
+
+int64_t isa() { return static_cast<int64_t>(cpu::isa()); }
+
+// Kernels use at most this instruction set from now on; returns which they use.
+int64_t limit_isa(int64_t most) {
+  check(most >= 0 && most <= static_cast<int64_t>(cpu::Isa::avx512_bf16), "limit_isa: there is no such instruction set");
+  cpu::limit_isa(static_cast<cpu::Isa>(most));
+  return isa();
+}
+
 #endif
+
+// The ops that the CPU has kernels for.
+void define_ops_of_cpu(torch::stable::detail::StableLibrary& m) {
+  m.def("unpad(Tensor mask, int tokens=-1) -> (Tensor indices, Tensor cu_seqlens, Tensor order)");
+  m.def(
+      "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, float p=0.0,"
+      " Tensor? seed=None, int site=0) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm_backward(Tensor grad, Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor mean,"
+      " Tensor rstd, float p, Tensor? seed, int site, bool[] needed)"
+      " -> (Tensor dx, Tensor dbias, Tensor dresidual, Tensor dgamma, Tensor dbeta)");
+  m.def(
+      "embed_layer_norm(Tensor ids, Tensor? types, Tensor positions, Tensor words, Tensor? type_table,"
+      " Tensor position_table, Tensor gamma, Tensor beta, float eps, float p=0.0, Tensor? seed=None,"
+      " int word_padding=-1, int position_padding=-1, bool save=False)"
+      " -> (Tensor y, Tensor mean, Tensor rstd, Tensor pre)");
+  m.def(
+      "embed_layer_norm_backward(Tensor grad, Tensor ids, Tensor? types, Tensor positions, Tensor words,"
+      " Tensor? type_table, Tensor position_table, Tensor gamma, Tensor mean, Tensor rstd, Tensor pre, float p,"
+      " Tensor? seed, int word_padding, int position_padding, bool[] needed)"
+      " -> (Tensor dwords, Tensor dtypes, Tensor dpositions, Tensor dgamma, Tensor dbeta)");
+}
 
 }  // namespace
 }  // namespace fastbert
@@ -128,11 +445,22 @@ std::tuple<Tensor, Tensor, Tensor> unpad_cpu(const Tensor& mask_tensor, int64_t)
 #ifndef FASTBERT_EMULATED
 
 STABLE_TORCH_LIBRARY(fastbert_native, m) {
-  m.def(FASTBERT_UNPAD);
+  fastbert::define_ops_of_cpu(m);
+  m.def("isa() -> int");
+  m.def("limit_isa(int most) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m) {
   m.impl("unpad", TORCH_BOX(&fastbert::unpad_cpu));
+  m.impl("add_layer_norm", TORCH_BOX(&fastbert::add_layer_norm_cpu));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&fastbert::add_layer_norm_backward_cpu));
+  m.impl("embed_layer_norm", TORCH_BOX(&fastbert::embed_layer_norm_cpu));
+  m.impl("embed_layer_norm_backward", TORCH_BOX(&fastbert::embed_layer_norm_backward_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&fastbert::isa));
+  m.impl("limit_isa", TORCH_BOX(&fastbert::limit_isa));
 }
 
 #endif
@@ -166,8 +494,6 @@ void check_cuda(const char* op, const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string(op) + ": CUDA says: " + error);
 }
 
-int32_t* ints(const Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); }
-
 // mask [B, S] -> indices [T] int64, cu_seqlens [B + 1] int32, order [B] int32. Waits for the device to learn T, unless
 // `tokens` tells it.
 std::tuple<Tensor, Tensor, Tensor> unpad_cuda(const Tensor& mask_tensor, int64_t tokens) {
@@ -187,60 +513,6 @@ std::tuple<Tensor, Tensor, Tensor> unpad_cuda(const Tensor& mask_tensor, int64_t
   return {indices_tensor, cu_tensor, order_tensor};
 }
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: throw std::runtime_error("a tensor is none of float32, float16 and bfloat16");
-  }
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-// [sizes], or [0] where it is not needed
-Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
-}
-
-std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
-void* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? tensor->data_ptr() : nullptr; }
-
-void* pointer_if(bool needed, const Tensor& tensor) { return needed ? tensor.data_ptr() : nullptr; }
-
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
-
-// seed [] int64 on the device
-Dropout dropout_of(double p, const std::optional<Tensor>& seed, int64_t site) {
-  const auto threshold = static_cast<uint32_t>(p * 65536 + 0.5);
-  if (threshold == 0 || !seed.has_value()) return {nullptr, 0, 0, 1.0f};
-  const float scale = threshold < 65536 ? static_cast<float>(65536.0 / (65536 - threshold)) : 0.0f;
-  return {static_cast<const int64_t*>(seed->data_ptr()), static_cast<uint32_t>(site), threshold, scale};
-}
-
-struct AddLayerNormTensors {
-  Tensor x;
-  std::optional<Tensor> bias;
-  Tensor residual, gamma;
-
-  AddLayerNorm inputs(double p, const std::optional<Tensor>& seed, int64_t site) const {
-    check(x.dim() == 2 && x.size(1) >= 1 && x.size(1) <= kMostHidden, "add_layer_norm: x is not [T, 1 to 4096]");
-    return {x.data_ptr(), pointer(bias), residual.data_ptr(), gamma.data_ptr(), dtype_of(x), dtype_of(residual),
-            x.size(0), static_cast<int>(x.size(1)), dropout_of(p, seed, site)};
-  }
-};
-
-AddLayerNormTensors contiguous_inputs(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& residual,
-                                      const Tensor& gamma) {
-  return {torch::stable::contiguous(x), contiguous(bias), torch::stable::contiguous(residual),
-          torch::stable::contiguous(gamma)};
-}
-
 // x, residual [T, H] -> y [T, H] in the residual's dtype, mean [T], rstd [T]
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const std::optional<Tensor>& bias,
                                                   const Tensor& residual, const Tensor& gamma, const Tensor& beta,
@@ -249,6 +521,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const std::op
   const Device device(x);
   const AddLayerNormTensors tensors = contiguous_inputs(x, bias, residual, gamma);
   const AddLayerNorm inputs = tensors.inputs(p, seed, site);
+  check(inputs.hidden <= kMostHidden, "add_layer_norm: hidden size is over 4096");
   const Tensor shift = torch::stable::contiguous(beta);
   const Tensor y = empty(residual, {inputs.rows, inputs.hidden}, residual.scalar_type());
   const Tensor mean = empty(x, {inputs.rows}, ScalarType::Float), rstd = empty(x, {inputs.rows}, ScalarType::Float);
@@ -265,6 +538,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   const Device device(x);
   const AddLayerNormTensors tensors = contiguous_inputs(x, bias, residual, gamma);
   const AddLayerNorm inputs = tensors.inputs(p, seed, site);
+  check(inputs.hidden <= kMostHidden, "add_layer_norm: hidden size is over 4096");
   const Tensor grads = torch::stable::contiguous(grad), means = torch::stable::contiguous(mean),
                rstds = torch::stable::contiguous(rstd);
   const int64_t rows = inputs.rows, hidden = inputs.hidden;
@@ -283,8 +557,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
                                            pointer_if(needed[4], dbeta), device.stream));
   return {dx, dbias, dresidual, dgamma, dbeta};
 }
-
-Indices indices_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Long}; }
 
 // x [T, H], indices [T] -> [B, S, H], zeros in rows that are not in indices
 Tensor pad(const Tensor& x, const Tensor& indices, int64_t batch, int64_t length) {
@@ -324,36 +596,6 @@ Tensor dropout_bits(const Tensor& seed, int64_t site, const Tensor& cu_seqlens, 
   return bits;
 }
 
-struct EmbedLayerNormTensors {
-  Tensor ids;
-  std::optional<Tensor> types;
-  Tensor positions, words;
-  std::optional<Tensor> type_table;
-  Tensor position_table, gamma;
-
-  EmbedLayerNorm inputs(double p, const std::optional<Tensor>& seed) const {
-    check(words.size(1) >= 1 && words.size(1) <= kMostHidden, "embed_layer_norm: hidden size is none of 1 to 4096");
-    const Table none = {nullptr, {nullptr, false}, 0};
-    const Table kinds = has_types() ? table_of(*type_table, *types) : none;
-    return {table_of(words, ids), kinds, table_of(position_table, positions), gamma.data_ptr(), dtype_of(words),
-            ids.size(0), static_cast<int>(words.size(1)), dropout_of(p, seed, 3)};
-  }
-
-  bool has_types() const { return types.has_value() && type_table.has_value(); }
-
-  static Table table_of(const Tensor& table, const Tensor& indices) {
-    return {table.data_ptr(), indices_of(indices), table.size(0)};
-  }
-};
-
-EmbedLayerNormTensors contiguous_tables(const Tensor& ids, const std::optional<Tensor>& types, const Tensor& positions,
-                                        const Tensor& words, const std::optional<Tensor>& type_table,
-                                        const Tensor& position_table, const Tensor& gamma) {
-  using torch::stable::contiguous;
-  return {contiguous(ids), fastbert::contiguous(types), contiguous(positions), contiguous(words),
-          fastbert::contiguous(type_table), contiguous(position_table), contiguous(gamma)};
-}
-
 // ids, types, positions [T]; tables [., H] -> y [T, H], mean, rstd [T], the sum [T, H] if it is to be saved
 std::tuple<Tensor, Tensor, Tensor, Tensor> embed_layer_norm(
     const Tensor& ids, const std::optional<Tensor>& types, const Tensor& positions, const Tensor& words,
@@ -362,6 +604,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> embed_layer_norm(
   const Device device(words);
   const auto tensors = contiguous_tables(ids, types, positions, words, type_table, position_table, gamma);
   const EmbedLayerNorm inputs = tensors.inputs(p, seed);
+  check(inputs.hidden <= kMostHidden, "embed_layer_norm: hidden size is over 4096");
   const Tensor shift = torch::stable::contiguous(beta);
   const int64_t rows = inputs.rows, hidden = inputs.hidden;
   const Tensor y = empty(words, {rows, hidden}, words.scalar_type());
@@ -404,6 +647,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embed_layer_norm_backward(
   const Device device(words);
   const auto tensors = contiguous_tables(ids, types, positions, words, type_table, position_table, gamma);
   const EmbedLayerNorm inputs = tensors.inputs(p, seed);
+  check(inputs.hidden <= kMostHidden, "embed_layer_norm: hidden size is over 4096");
   const Tensor grads = torch::stable::contiguous(grad), means = torch::stable::contiguous(mean),
                rstds = torch::stable::contiguous(rstd), saved = torch::stable::contiguous(pre);
   const int64_t rows = inputs.rows, hidden = inputs.hidden;
@@ -640,7 +884,7 @@ std::string cuda_problem() {
 #define FASTBERT_LIBRARY FASTBERT_EMULATED
 #define FASTBERT_DEVICE CPU
 FASTBERT_NAMED(STABLE_TORCH_LIBRARY, FASTBERT_LIBRARY, m) {
-  m.def(FASTBERT_UNPAD);
+  fastbert::define_ops_of_cpu(m);
 }
 #else
 #define FASTBERT_LIBRARY fastbert_native
@@ -656,28 +900,11 @@ FASTBERT_NAMED(STABLE_TORCH_LIBRARY_FRAGMENT, FASTBERT_LIBRARY, m) {
       "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, int max_seqlen,"
       " float scale, Tensor? keep_bits, float p, Tensor? order, int[] classes, bool[] needed)"
       " -> (Tensor dqkv, Tensor dbias)");
-  m.def(
-      "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, float p=0.0,"
-      " Tensor? seed=None, int site=0) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def(
-      "add_layer_norm_backward(Tensor grad, Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor mean,"
-      " Tensor rstd, float p, Tensor? seed, int site, bool[] needed)"
-      " -> (Tensor dx, Tensor dbias, Tensor dresidual, Tensor dgamma, Tensor dbeta)");
   m.def("pad(Tensor x, Tensor indices, int batch, int length) -> Tensor out");
   m.def("pad_backward(Tensor grad, Tensor indices) -> Tensor dx");
   m.def(
       "dropout_bits(Tensor seed, int site, Tensor cu_seqlens, int tokens, int max_seqlen, int heads, float p)"
       " -> Tensor bits");
-  m.def(
-      "embed_layer_norm(Tensor ids, Tensor? types, Tensor positions, Tensor words, Tensor? type_table,"
-      " Tensor position_table, Tensor gamma, Tensor beta, float eps, float p=0.0, Tensor? seed=None,"
-      " int word_padding=-1, int position_padding=-1, bool save=False)"
-      " -> (Tensor y, Tensor mean, Tensor rstd, Tensor pre)");
-  m.def(
-      "embed_layer_norm_backward(Tensor grad, Tensor ids, Tensor? types, Tensor positions, Tensor words,"
-      " Tensor? type_table, Tensor position_table, Tensor gamma, Tensor mean, Tensor rstd, Tensor pre, float p,"
-      " Tensor? seed, int word_padding, int position_padding, bool[] needed)"
-      " -> (Tensor dwords, Tensor dtypes, Tensor dpositions, Tensor dgamma, Tensor dbeta)");
   // a bool where fastbert's op has a string: torch's header for strings leaks each
   m.def("bias_gelu(Tensor x, Tensor? bias=None, bool is_tanh=False) -> Tensor y");
   m.def(

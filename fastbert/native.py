@@ -14,6 +14,9 @@ MASK_DTYPES = frozenset(
     | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 )
 LIBRARY = Path(__file__).with_name("_native.so")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")  # csrc/isa.h's
+# What torch uses of a CPU, of its own choice or by ATEN_CPU_CAPABILITY: the library uses no more.
+MOST = {"DEFAULT": "baseline", "NO AVX": "baseline", "AVX2": "avx2"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,18 @@ def load() -> Native:
     except (OSError, RuntimeError) as error:
         reason = f"the native library does not load: {error}"
         return Native(reason, reason)
+    limit_isa(MOST.get(torch.backends.cpu.get_cpu_capability(), ISAS[-1]))
     return Native("", cuda)
+
+
+def limit_isa(most: str) -> str:
+    """Kernels for CPUs use at most this of ISAS from now on, in all threads; returns which they use."""
+    return ISAS[torch.ops.fastbert_native.limit_isa(ISAS.index(most))]
+
+
+def isa() -> str:
+    """Which of ISAS the kernels for CPUs use."""
+    return ISAS[torch.ops.fastbert_native.isa()]
 
 
 @cache

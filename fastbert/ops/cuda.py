@@ -56,13 +56,20 @@ def dropout_bits_reasons(
     return most_reasons("number of heads", heads, MOST_HEADS)
 
 
-def embed_layer_norm_reasons(
+def embed_dtype_reasons(
     ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, type_table: Tensor | None,
     position_table: Tensor, gamma: Tensor, beta: Tensor, *rest: Any,
 ) -> list[str]:  # fmt: skip
-    reasons = most_reasons("hidden size", words.shape[1], MOST_HIDDEN) + dtype_reasons(words=words)
+    """In words, what embed_layer_norm's kernels do not take of the dtypes, those for CPUs too."""
     others = {"type_table": type_table, "position_table": position_table, "gamma": gamma, "beta": beta}
-    return reasons + same_reasons(words=words, **others)
+    return dtype_reasons(words=words) + same_reasons(words=words, **others)
+
+
+def embed_layer_norm_reasons(
+    ids: Tensor, types: Tensor | None, positions: Tensor, words: Tensor, *rest: Any
+) -> list[str]:
+    reasons = most_reasons("hidden size", words.shape[1], MOST_HIDDEN)
+    return reasons + embed_dtype_reasons(ids, types, positions, words, *rest)
 
 
 def embed_layer_norm_backward_reasons(
@@ -73,14 +80,19 @@ def embed_layer_norm_backward_reasons(
     return reasons + same_reasons(words=words, grad=grad, pre=pre)
 
 
-def add_layer_norm_reasons(
+def add_dtype_reasons(
     x: Tensor, bias: Tensor | None, residual: Tensor, gamma: Tensor, beta: Tensor, *rest: Any
 ) -> list[str]:
-    reasons = most_reasons("hidden size", x.shape[1], MOST_HIDDEN) + dtype_reasons(x=x, residual=residual)
+    """In words, what add_layer_norm's kernels do not take of the dtypes, those for CPUs too."""
+    reasons = dtype_reasons(x=x, residual=residual)
     reasons += same_reasons(x=x, bias=bias) + same_reasons(residual=residual, gamma=gamma, beta=beta)
     if residual.dtype not in (x.dtype, torch.float32):
         reasons.append(f"x is {x.dtype} beside a residual of {residual.dtype}: it takes one dtype, or float32 there")
     return reasons
+
+
+def add_layer_norm_reasons(x: Tensor, *rest: Any) -> list[str]:
+    return most_reasons("hidden size", x.shape[1], MOST_HIDDEN) + add_dtype_reasons(x, *rest)
 
 
 def add_layer_norm_backward_reasons(

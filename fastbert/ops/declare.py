@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert import native
 from fastbert.ops import builtins, reference
+from fastbert.ops.cpu import cpu_backends
 from fastbert.ops.cuda import cuda_backends
 from fastbert.ops.kernels import triton_backend
 from fastbert.ops.packed import PackedWeight
@@ -21,10 +21,8 @@ from fastbert.ops.registry import Backend, Gradient, Op
 TRITON_FIRST = ("embed_layer_norm", "dropout_bits", "attention", "add_layer_norm")
 
 
-def declare(
-    name: str, schema: str, fake: Any, check: Any, gradient: Gradient | None = None, first: tuple[Backend, ...] = ()
-) -> Op:
-    """An op with the three backends that every op has, tried after those of `first`; "cuda" behind them, if it has it.
+def declare(name: str, schema: str, fake: Any, check: Any, gradient: Gradient | None = None) -> Op:
+    """An op with the three backends that every op has; "cpu" before them and "cuda" behind them, if it has these.
 
     No CUDA kernel was measured yet: on a GPU one runs where it is asked for, or where all before it refuse.
     """
@@ -32,7 +30,7 @@ def declare(
     usual = [Backend("torch", getattr(builtins, name)), triton_backend(name)]
     if name.removesuffix("_backward") in TRITON_FIRST:
         usual.reverse()
-    for backend in (*first, *usual, *cuda_backends(name), Backend("reference", getattr(reference, name))):
+    for backend in (*cpu_backends(name), *usual, *cuda_backends(name), Backend("reference", getattr(reference, name))):
         op.add(backend)
     return op
 
@@ -104,19 +102,11 @@ def fake_unpad(mask: Tensor, tokens: int = -1) -> tuple[Tensor, Tensor, Tensor]:
     return mask.new_empty(size, dtype=torch.int64), bounds, order
 
 
-def refuse_native_unpad(mask: Tensor, tokens: int = -1) -> list[str]:
-    reasons = native.refuse(mask.device.type)
-    return (
-        reasons if mask.dtype in native.MASK_DTYPES else [*reasons, f"the native unpad takes no mask of {mask.dtype}"]
-    )
-
-
 unpad = declare(
     "unpad",
     "(Tensor mask, SymInt tokens=-1) -> (Tensor indices, Tensor cu_seqlens, Tensor order)",
     fake_unpad,
     check_unpad,
-    first=(Backend("cpu", native.unpad, refuse_native_unpad, devices=("cpu",)),),
 )
 
 # pad

@@ -20,6 +20,7 @@ LEVELS = [
     ["fastbert.ops.declare"],
     [
         "fastbert.ops.builtins",
+        "fastbert.ops.cpu",
         "fastbert.ops.cuda",
         "fastbert.ops.kernels",
         "fastbert.ops.registry",

@@ -46,7 +46,7 @@ class Backend:
 
     @property
     def takes_float64(self) -> bool:
-        return self.name not in ("triton", "cuda")
+        return self.name not in ("triton", "cuda", "cpu")
 
     @property
     def edges(self) -> Case:
