@@ -72,5 +72,14 @@ constexpr int64_t attention_memory(int64_t length, int64_t dim) {
 FASTBERT_KERNEL(attention, (const Attention& inputs, Strides strides, const Share& share, void* out, float* lse,
                             char* memory))
 
+constexpr int64_t attention_backward_memory(int64_t length, int64_t dim) {
+  const int64_t width = (dim + kMostLanes - 1) / kMostLanes * kMostLanes;
+  return 4 * (length * (4 * width + 2 * kMostQueries) + 5 * kMostQueries * width);
+}
+
+// grad [tokens, heads, dim] -> dqkv [tokens, 3, heads, dim]: the rows of a sequence in one head. qkv is contiguous.
+FASTBERT_KERNEL(attention_backward, (const Attention& inputs, int64_t sequence, int64_t head, const void* grad,
+                                     const float* lse, void* dqkv, char* memory))
+
 }  // namespace cpu
 }  // namespace fastbert

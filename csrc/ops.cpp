@@ -217,6 +217,19 @@ struct AttentionTensors {
   }
 };
 
+Tensor sum_of_rows(const Tensor& x) {
+  const int64_t rows = 0;
+  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
+}
+
+// dqkv [T, 3, N, D] and its sum over T, each if it is needed
+std::tuple<Tensor, Tensor> attention_gradients(const Tensor& dqkv, const std::vector<bool>& needed) {
+  const auto none = [&] { return empty(dqkv, {0}, dqkv.scalar_type()); };
+  if (!needed[1]) return {needed[0] ? dqkv : none(), none()};
+  const Tensor sums = sum_of_rows(torch::stable::flatten(dqkv, 1));
+  return {needed[0] ? dqkv : none(), torch::stable::reshape(sums, {3, dqkv.size(2), dqkv.size(3)})};
+}
+
 #ifndef FASTBERT_EMULATED
 
 // mask [B, S] -> indices [T] int64, cu_seqlens [B + 1] int32, order [B] int32; tokens: T, if it is known
@@ -444,15 +457,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embed_layer_norm_backward_cpu
           gradient(needed[2], inputs.positions, position_padding), dgamma, dbeta};
 }
 
-// The shares of a call, the longest sequences first; each so many queries that all threads have several.
+// The shares of a call, the longest sequences first: all queries of a sequence, or so many that all threads have
+// several shares; threads 0: all.
 std::vector<cpu::Share> attention_shares(const Attention& inputs, const std::vector<int32_t>& order, int64_t threads) {
   const auto length_of = [&](int64_t i) { return int64_t{inputs.cu_seqlens[i + 1]} - inputs.cu_seqlens[i]; };
   int64_t scores = 0;
   for (const int32_t i : order) scores += length_of(i) * length_of(i) * inputs.heads;
   std::vector<cpu::Share> shares;
   for (const int32_t i : order) {
-    const int64_t length = length_of(i), most = scores / (kSharesPerThread * threads * (length + 1));
-    const int64_t queries = std::max<int64_t>(most / kLeastQueries, 1) * kLeastQueries;
+    const int64_t length = length_of(i);
+    int64_t queries = length;
+    if (threads > 0) {
+      const int64_t most = scores / (kSharesPerThread * threads * (length + 1));
+      queries = std::max<int64_t>(most / kLeastQueries, 1) * kLeastQueries;
+    }
     for (int64_t head = 0; head < inputs.heads; ++head) {
       for (int64_t first = 0; first < length; first += queries) {
         shares.push_back({i, head, first, std::min(first + queries, length)});
@@ -478,6 +496,33 @@ std::vector<int32_t> attention_order(const Attention& inputs, int64_t batch) {
   return order;
 }
 
+// kernel(share, memory) for all shares; memory_for(length, dim): how many bytes each needs
+template <typename F>
+void run_shares(const Attention& inputs, const std::vector<cpu::Share>& shares, int64_t threads,
+                int64_t (*memory_for)(int64_t, int64_t), F kernel) {
+  std::vector<size_t> starts;  // of the tasks: so many shares each that a task is worth a thread
+  int64_t longest = 0, products = kProductsPerTask;
+  for (size_t i = 0; i < shares.size(); ++i) {
+    if (products >= kProductsPerTask) {
+      starts.push_back(i);
+      products = 0;
+    }
+    const int64_t length = inputs.cu_seqlens[shares[i].sequence + 1] - inputs.cu_seqlens[shares[i].sequence];
+    products += (shares[i].last - shares[i].first + 1) * length * inputs.dim;
+    longest = std::max(longest, length);
+  }
+  check(inputs.keep_bits == nullptr || inputs.width * 32 >= longest, "attention: keep_bits are too narrow");
+  const auto tasks = static_cast<int64_t>(starts.size());
+  starts.push_back(shares.size());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+    const Memory memory = allocate(memory_for(longest, inputs.dim));
+    for (int64_t task = next++; task < tasks; task = next++) {
+      for (size_t i = starts[task]; i < starts[task + 1]; ++i) kernel(shares[i], static_cast<char*>(memory.get()));
+    }
+  });
+}
+
 // qkv [T, 3, N, D], in place where its last stride is 1 -> out [T, N, D], lse [N, T]
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& qkv, const Tensor& cu_seqlens, int64_t, double scale,
                                          const std::optional<Tensor>& keep_bits, double p,
@@ -492,36 +537,37 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& qkv, const Tensor& cu_seq
   const std::vector<int32_t> sequences = attention_order(inputs, tensors.cu_seqlens.size(0) - 1);
   const int64_t threads = torch::stable::get_num_threads();
   const std::vector<cpu::Share> shares = attention_shares(inputs, sequences, threads);
-  if (shares.empty()) return {out, lse};
-
-  // starts of the tasks: as many shares together as make one worth while
-  std::vector<size_t> starts;
-  int64_t longest = 0, products = kProductsPerTask;
-  for (size_t i = 0; i < shares.size(); ++i) {
-    const int64_t length = inputs.cu_seqlens[shares[i].sequence + 1] - inputs.cu_seqlens[shares[i].sequence];
-    longest = std::max(longest, length);
-    if (products >= kProductsPerTask) {
-      starts.push_back(i);
-      products = 0;
-    }
-    products += (shares[i].last - shares[i].first + 1) * length * inputs.dim;
-  }
-  check(inputs.keep_bits == nullptr || inputs.width * 32 >= longest, "attention: keep_bits are too narrow");
   void* const rows = out.data_ptr();
   float* const lses = floats(lse);
   const auto kernel = cpu::attention();
-  const auto tasks = static_cast<int64_t>(starts.size());
-  starts.push_back(shares.size());
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
-    const Memory memory = allocate(cpu::attention_memory(longest, inputs.dim));
-    for (int64_t task = next++; task < tasks; task = next++) {
-      for (size_t i = starts[task]; i < starts[task + 1]; ++i) {
-        kernel(inputs, strides, shares[i], rows, lses, static_cast<char*>(memory.get()));
-      }
-    }
+  run_shares(inputs, shares, threads, cpu::attention_memory, [&](const cpu::Share& share, char* memory) {
+    kernel(inputs, strides, share, rows, lses, memory);
   });
   return {out, lse};
+}
+
+// grad [T, N, D], lse [N, T] -> dqkv [T, 3, N, D], its sum over T [3, N, D]; out is not read
+std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor& grad, const Tensor& qkv, const Tensor&,
+                                                  const Tensor& lse, const Tensor& cu_seqlens, int64_t, double scale,
+                                                  const std::optional<Tensor>& keep_bits, double p,
+                                                  const std::optional<Tensor>& order,
+                                                  const std::vector<int64_t>& classes,
+                                                  const std::vector<bool>& needed) {
+  const AttentionTensors tensors(torch::stable::contiguous(qkv), cu_seqlens, keep_bits, order, classes);
+  const Attention inputs = tensors.inputs(scale, p);
+  const Tensor grads = torch::stable::contiguous(grad), lses = torch::stable::contiguous(lse);
+  const Tensor dqkv = empty(qkv, {inputs.tokens, 3, inputs.heads, inputs.dim}, qkv.scalar_type());
+  const std::vector<int32_t> sequences = attention_order(inputs, tensors.cu_seqlens.size(0) - 1);
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::vector<cpu::Share> shares = attention_shares(inputs, sequences, 0);
+  const void* const grad_rows = grads.data_ptr();
+  void* const rows = dqkv.data_ptr();
+  const float* const lse_rows = floats(lses);
+  const auto kernel = cpu::attention_backward();
+  run_shares(inputs, shares, threads, cpu::attention_backward_memory, [&](const cpu::Share& share, char* memory) {
+    kernel(inputs, share.sequence, share.head, grad_rows, lse_rows, rows, memory);
+  });
+  return attention_gradients(dqkv, needed);
 }
 
 int64_t isa() { return static_cast<int64_t>(cpu::isa()); }
@@ -541,6 +587,10 @@ void define_ops_of_cpu(torch::stable::detail::StableLibrary& m) {
   m.def(
       "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, float scale, Tensor? keep_bits=None, float p=0.0,"
       " Tensor? order=None, int[] classes=[], Tensor? bias=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, int max_seqlen,"
+      " float scale, Tensor? keep_bits, float p, Tensor? order, int[] classes, bool[] needed)"
+      " -> (Tensor dqkv, Tensor dbias)");
   m.def(
       "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, float p=0.0,"
       " Tensor? seed=None, int site=0) -> (Tensor y, Tensor mean, Tensor rstd)");
@@ -574,6 +624,7 @@ STABLE_TORCH_LIBRARY(fastbert_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m) {
   m.impl("unpad", TORCH_BOX(&fastbert::unpad_cpu));
   m.impl("attention", TORCH_BOX(&fastbert::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&fastbert::attention_backward_cpu));
   m.impl("add_layer_norm", TORCH_BOX(&fastbert::add_layer_norm_cpu));
   m.impl("add_layer_norm_backward", TORCH_BOX(&fastbert::add_layer_norm_backward_cpu));
   m.impl("embed_layer_norm", TORCH_BOX(&fastbert::embed_layer_norm_cpu));
@@ -850,11 +901,6 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
   return torch::stable::matmul(torch::stable::transpose(grad, 0, 1), x);
 }
 
-Tensor sum_of_rows(const Tensor& x) {
-  const int64_t rows = 0;
-  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
-}
-
 // x [T, K] -> gelu(x . weight^T + bias) [T, N], and x . weight^T + bias if it is to be saved
 std::tuple<Tensor, Tensor> linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                        bool is_tanh, bool save) {
@@ -946,18 +992,12 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& 
   const Attention inputs = tensors.inputs(scale, p);
   const Tensor grads = torch::stable::contiguous(grad), lses = torch::stable::contiguous(lse);
   const Tensor dqkv = empty(qkv, {inputs.tokens, 3, inputs.heads, inputs.dim}, qkv.scalar_type());
-  const auto gradients = [&]() -> std::tuple<Tensor, Tensor> {
-    const auto none = [&] { return empty(qkv, {0}, qkv.scalar_type()); };
-    if (!needed[1]) return {needed[0] ? dqkv : none(), none()};
-    const Tensor sums = sum_of_rows(torch::stable::flatten(dqkv, 1));
-    return {needed[0] ? dqkv : none(), torch::stable::reshape(sums, {3, inputs.heads, inputs.dim})};
-  };
-  if (inputs.tokens == 0 || inputs.heads == 0) return gradients();
+  if (inputs.tokens == 0 || inputs.heads == 0) return attention_gradients(dqkv, needed);
   const Tensor rows = empty(qkv, {2, inputs.heads, inputs.tokens}, ScalarType::Float);
   check_cuda("attention_backward",
              cuda::attention_backward(inputs, tensors.sequences(max_seqlen), grads.data_ptr(), floats(lses),
                                       floats(rows), dqkv.data_ptr(), device.stream));
-  return gradients();
+  return attention_gradients(dqkv, needed);
 }
 
 std::string cuda_problem() {
@@ -983,10 +1023,6 @@ FASTBERT_NAMED(STABLE_TORCH_LIBRARY, FASTBERT_LIBRARY, m) {
 
 FASTBERT_NAMED(STABLE_TORCH_LIBRARY_FRAGMENT, FASTBERT_LIBRARY, m) {
   m.def("cuda_problem() -> str");
-  m.def(
-      "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, int max_seqlen,"
-      " float scale, Tensor? keep_bits, float p, Tensor? order, int[] classes, bool[] needed)"
-      " -> (Tensor dqkv, Tensor dbias)");
   m.def("pad(Tensor x, Tensor indices, int batch, int length) -> Tensor out");
   m.def("pad_backward(Tensor grad, Tensor indices) -> Tensor dx");
   m.def(

@@ -3,219 +3,16 @@
 // both products is broadcast, the scores' keys and the output's probabilities.
 #include "attention.h"
 
+#include "products.h"
+#include "softmax.h"
 #include "vectors.h"
 
 namespace fastbert::cpu::FASTBERT_ISA {
 namespace {
 
 constexpr int kQueries = 2 * kLanes;  // of a block
-constexpr int kKeys = 128;  // of a chunk, whose scores [kKeys, kQueries] fit into a core's first cache
-constexpr int kRows = kLanes == 16 ? 8 : 6;  // of a tile of a product: its sums, two vectors a row, stay in registers
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-static_assert(kQueries <= kMostQueries && kLanes <= kMostLanes && kKeys == kChunkKeys);
-
-// What the products multiply, in words of 4 bytes: numbers, or pairs of bfloat16, whose two products are added up.
-struct Numbers {
-  using Element = float;
-  using Words = Float;
-  static constexpr int kEach = 1;
-};
-
-FASTBERT_INLINE Float add_product(Float sum, float a, Float b) { return sum + a * b; }
-
-template <typename T>
-struct KindOf {
-  using Type = Numbers;
-};
-
-// A row's words from `column` on, zeros behind its end.
-template <typename T>
-FASTBERT_INLINE Float words_at(Numbers, const T* row, int dim, int column) {
-  const int left = dim - column;
-  return left >= kLanes ? load(row + column, Whole{}) : load(row + column, Part{left});
-}
-
-// Rows `row` and, if it is there, row + 1, as words.
-template <typename T>
-FASTBERT_INLINE Float words_of_rows(Numbers, const T* row, const T*, int dim, int column) {
-  return words_at(Numbers{}, row, dim, column);
-}
-
-#ifdef __AVX512BF16__
-struct Pairs {
-  using Element = uint32_t;
-  using Words = Word;
-  static constexpr int kEach = 2;
-
-  static Word joined(Float low, Float high) {
-    typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes)));
-    Shorts place;
-    for (int i = 0; i < 2 * kLanes; ++i) place[i] = i / 2 + i % 2 * kLanes;
-    const auto both = bits_of<Shorts>(_mm512_cvtne2ps_pbh(bits_of<__m512>(high), bits_of<__m512>(low)));
-    return bits_of<Word>(__builtin_shuffle(both, place));
-  }
-};
-
-FASTBERT_INLINE Float add_product(Float sum, uint32_t a, Word b) {
-  return bits_of<Float>(_mm512_dpbf16_ps(bits_of<__m512>(sum), bits_of<__m512bh>(all(a)), bits_of<__m512bh>(b)));
-}
-
-template <>
-struct KindOf<BFloat16> {
-  using Type = Pairs;
-};
-
-FASTBERT_INLINE Word words_at(Pairs, const BFloat16* row, int dim, int column) {
-  const int left = dim - 2 * column;
-  Word words = {};
-  if (left >= 2 * kLanes) {
-    std::memcpy(&words, row + 2 * column, kVectorBytes);
-  } else {
-    std::memcpy(&words, row + 2 * column, left * sizeof(BFloat16));
-  }
-  return words;
-}
-
-FASTBERT_INLINE Word words_of_rows(Pairs, const BFloat16* row, const BFloat16* next, int dim, int column) {
-  const auto widened = [&](const BFloat16* from) {
-    const int left = dim - column;
-    const Short bits = left >= kLanes ? read<Short>(from + column, Whole{}) : read<Short>(from + column, Part{left});
-    return __builtin_convertvector(bits, Word);
-  };
-  return next == nullptr ? widened(row) : widened(row) | widened(next) << 16;
-}
-#endif
-
-constexpr int whole_vectors(int columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
-
-template <typename Kind>
-constexpr int words_in(int numbers) {
-  return (numbers + Kind::kEach - 1) / Kind::kEach;
-}
-
-FASTBERT_INLINE Float larger(Float a, Float b) { return select(a > b, a, b); }
-
-// 2^x for x below 128, within 2e-9 before it is rounded; 0 from -127 down. NaN stays NaN.
-FASTBERT_INLINE Float exp2(Float x) {
-  constexpr float kRound = 0x1.8p23f + 127;  // so large a float has no fraction; its last bits become the exponent
-  x = larger(all(-127.0f), x);
-  const Float large = x + kRound, f = x - (large - kRound);  // |f| <= 1/2
-  Float y = fma(f, all(0.00015353361959569156f), all(0.0013398873852565885f));
-  y = fma(f, y, all(0.00961843691766262f));
-  y = fma(f, y, all(0.055503323674201965f));
-  y = fma(f, y, all(0.24022647738456726f));
-  y = fma(f, y, all(0.6931471824645996f));
-  y = fma(f, y, all(1.0f));
-  return y * bits_of<Float>(bits_of<Word>(large) << 23);
-}
-
-// log2 of a normal x by the series of artanh((m - 1) / (m + 1)), m its mantissa; of 0 -inf. NaN stays NaN.
-FASTBERT_INLINE Float log2(Float x) {
-  constexpr uint32_t kLeast = 0x3f3504f3;  // 1 / sqrt(2)
-  const Word above = bits_of<Word>(x) - kLeast;
-  const Float exponent = __builtin_convertvector(bits_of<Int>(above) >> 23, Float);
-  const Float m = bits_of<Float>((above & 0x007fffffu) + kLeast);
-  const Float s = (m - 1.0f) / (m + 1.0f), square = s * s;
-  Float y = fma(square, all(0.3205989f), all(0.4121986f));
-  y = fma(square, y, all(0.5770780f));
-  y = fma(square, y, all(0.9617967f));
-  y = fma(square, y, all(2.8853901f));
-  return select(x > 0.0f, fma(s, y, exponent), x - __builtin_inff());
-}
-
-// The elements of two vectors in turn, of their first halves or of their second ones.
-template <bool kSecond>
-FASTBERT_INLINE Float zipped(Float a, Float b) {
-  Int place;
-  for (int i = 0; i < kLanes; ++i) place[i] = i / 2 + i % 2 * kLanes + kSecond * (kLanes / 2);
-#ifdef __clang__
-  Float found;
-  for (int i = 0; i < kLanes; ++i) found[i] = i % 2 ? b[place[i] - kLanes] : a[place[i]];
-  return found;
-#else
-  return __builtin_shuffle(a, b, place);
-#endif
-}
-
-FASTBERT_INLINE void transpose(Float (&rows)[kLanes]) {
-#pragma GCC unroll 4
-  for (int stage = 1; stage < kLanes; stage *= 2) {
-    Float turned[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) {
-      turned[2 * i] = zipped<false>(rows[i], rows[i + kLanes / 2]);
-      turned[2 * i + 1] = zipped<true>(rows[i], rows[i + kLanes / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = turned[i];
-  }
-}
-
-// left [rows, count], its elements `row` and `step` apart, times right [count, columns].
-template <typename Kind>
-struct Factors {
-  const typename Kind::Element *left, *right;
-  int64_t row, step, width;  // width: of right
-  int64_t count;
-};
-
-// The product of kHeight rows and kVectors vectors of columns; kAdd: and out times each row's factor.
-template <typename Kind, int kHeight, int kVectors, bool kAdd>
-void tile(Factors<Kind> of, const float* factors, float* out, int64_t out_width) {
-  Float sums[kHeight][kVectors] = {};
-  if constexpr (kAdd) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kHeight; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = load(out + r * out_width + v * kLanes, Whole{}) * factors[r];
-    }
-  }
-  for (int64_t i = 0; i < of.count; ++i, of.left += of.step, of.right += of.width) {
-    typename Kind::Words right[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) right[v] = read<typename Kind::Words>(of.right + v * kLanes, Whole{});
-#pragma GCC unroll 8
-    for (int r = 0; r < kHeight; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = add_product(sums[r][v], of.left[r * of.row], right[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kHeight; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(out + r * out_width + v * kLanes, sums[r][v], Whole{});
-  }
-}
-
-template <typename Kind, int kVectors, bool kAdd, int kHeight = kRows>
-FASTBERT_INLINE void tile_of(int height, const Factors<Kind>& of, const float* factors, float* out,
-                             int64_t out_width) {
-  if constexpr (kHeight > 1) {
-    if (height < kHeight) return tile_of<Kind, kVectors, kAdd, kHeight - 1>(height, of, factors, out, out_width);
-  }
-  tile<Kind, kHeight, kVectors, kAdd>(of, factors, out, out_width);
-}
-
-// The product, in tiles that are about equally high: a tile of one row takes as long as one of four.
-template <typename Kind, bool kAdd>
-void multiply(int rows, int vectors, const Factors<Kind>& of, const float* factors, float* out, int64_t out_width) {
-  const int tiles = (rows + kRows - 1) / kRows;
-  for (int v = 0; v < vectors; v += 2) {
-    for (int first = 0, left = tiles; left > 0; --left) {
-      const int height = (rows - first) / left;
-      Factors<Kind> part = of;
-      part.left += first * of.row;
-      part.right += v * kLanes;
-      float* const to = out + first * out_width + v * kLanes;
-      if (v + 1 < vectors) {
-        tile_of<Kind, 2, kAdd>(height, part, factors + first, to, out_width);
-      } else {
-        tile_of<Kind, 1, kAdd>(height, part, factors + first, to, out_width);
-      }
-      first += height;
-    }
-  }
-}
+constexpr int kKeys = kChunkKeys;  // of a chunk, whose scores [kKeys, kQueries] fit into a core's first cache
+static_assert(kQueries <= kMostQueries);
 
 // What a block of queries is computed in.
 template <typename Kind>
@@ -241,25 +38,6 @@ void pack_keys_and_values(const T* key, const T* value, int64_t stride, int64_t 
     const T* const row = value + i * stride;
     for (int column = 0; column < dim; column += kLanes) {
       write(to + column, words_of_rows(Kind{}, row, i + 1 < length ? row + stride : nullptr, dim, column), Whole{});
-    }
-  }
-}
-
-template <typename Kind, typename T>
-void pack_queries(const T* query, int64_t stride, int count, int dim, Block<Kind>& block) {
-  for (int first = 0; first < count; first += kLanes) {
-    for (int column = 0; column < words_in<Kind>(dim); column += kLanes) {
-      Float square[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        square[i] = Float{};
-        if (first + i < count) {
-          square[i] = bits_of<Float>(words_at(Kind{}, query + (first + i) * stride, dim, column));
-        }
-      }
-      transpose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) write(block.queries + (column + i) * kQueries + first, square[i], Whole{});
     }
   }
 }
@@ -350,7 +128,7 @@ void attend(const Attention& inputs, Strides strides, const Share& share, T* out
   for (int64_t first = share.first; first < share.last; first += kQueries) {
     const int count = share.last - first < kQueries ? share.last - first : kQueries;
     const int64_t row = start + first;
-    pack_queries(query + first * strides.token, strides.token, count, dim, block);
+    pack_transposed<Kind, kQueries>(query + first * strides.token, strides.token, count, dim, block.queries);
     for (int64_t key = 0; key < length; key += kKeys) {
       const int keys = length - key < kKeys ? length - key : kKeys;
       const Factors<Kind> of_scores = {block.keys + key * words, block.queries, words, 1, kQueries, words};

@@ -48,11 +48,16 @@ def attention_reasons(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: f
     return reasons if scale > 0 else [*reasons, f"scale {scale} is not over 0"]
 
 
+def attention_backward_reasons(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> list[str]:
+    return attention_reasons(qkv, *rest) + cuda.same_reasons(qkv=qkv, grad=grad, out=out)
+
+
 REASONS: dict[str, Callable[..., list[str]]] = {
     reasons.__name__.removesuffix("_reasons"): reasons
     for reasons in (
         cuda.unpad_reasons, embed_layer_norm_reasons, embed_layer_norm_backward_reasons, add_layer_norm_reasons,
         add_layer_norm_backward_reasons, attention_reasons,
+        attention_backward_reasons,
     )
 }  # fmt: skip
 
