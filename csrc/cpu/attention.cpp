@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kQueries = 2 * kLanes;  // of a block
 constexpr int kKeys = kChunkKeys;  // of a chunk, whose scores [kKeys, kQueries] fit into a core's first cache
+constexpr float kLeast = -0x1.fffffep127f;  // of a maximum: finite also where all scores are -inf
 static_assert(kQueries <= kMostQueries);
 
 // What a block of queries is computed in.
@@ -20,7 +21,7 @@ struct Block {
   typename Kind::Element *keys, *values;  // [length, words]; [words in length, padded dim]
   typename Kind::Element* queries;  // [padded words, kQueries]
   float *scores, *sums;  // [kKeys, kQueries]; [kQueries, padded dim]
-  float most[kQueries], shift[kQueries], total[kQueries], factors[kQueries];
+  float most[kQueries], total[kQueries], factors[kQueries];
   uint32_t keep[kKeys / 32][kQueries];
 };
 
@@ -52,10 +53,10 @@ void pack_bits(const int32_t* keep, int64_t width, int keys, int count, Block<Ki
 
 // One vector of queries: the scores of a chunk become probabilities, before they are divided by their total.
 template <typename Kind, bool kDrop>
-void softmax(int lane, int keys, bool is_first, float scale, Block<Kind>& block) {
+void softmax(int lane, int keys, bool is_first, Scale scale, Block<Kind>& block) {
   float* const column = block.scores + lane;
   const auto score = [&](int key) { return load(column + key * kQueries, Whole{}); };
-  const Float old = is_first ? all(-__builtin_inff()) : load(block.most + lane, Whole{});
+  const Float old = is_first ? all(kLeast) : load(block.most + lane, Whole{});
   Float tops[4] = {old, old, old, old};  // of every fourth key: they need not wait for each other
   int key = 0;
   for (; key + 4 <= keys; key += 4) {
@@ -64,11 +65,10 @@ void softmax(int lane, int keys, bool is_first, float scale, Block<Kind>& block)
   }
   for (; key < keys; ++key) tops[0] = larger(score(key), tops[0]);
   const Float top = larger(larger(tops[0], tops[1]), larger(tops[2], tops[3]));
-  const Float shift = larger(all(-1e38f), top * scale);  // finite also where all scores are -inf
 
   Float totals[4] = {};  // of every fourth key: more exact than one after the other
   const auto probability = [&](int key, int place) {
-    const Float p = exp2(score(key) * scale - shift);
+    const Float p = power(score(key) - top, scale);
     totals[place] += p;
     if constexpr (!kDrop) return p;
     const Word bit = read<Word>(block.keep[key / 32] + lane, Whole{}) << (31 - key % 32);
@@ -90,12 +90,11 @@ void softmax(int lane, int keys, bool is_first, float scale, Block<Kind>& block)
 
   Float total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
   if (!is_first) {
-    const Float factor = exp2(load(block.shift + lane, Whole{}) - shift);
+    const Float factor = power(old - top, scale);
     total += load(block.total + lane, Whole{}) * factor;
     store(block.factors + lane, factor, Whole{});
   }
   store(block.most + lane, top, Whole{});
-  store(block.shift + lane, shift, Whole{});
   store(block.total + lane, total, Whole{});
 }
 
@@ -118,13 +117,13 @@ Block<Kind> block_in(char* memory, int64_t length, int dim) {
 
 template <typename Kind, typename T>
 void attend(const Attention& inputs, Strides strides, const Share& share, T* out, float* lse, char* memory) {
-  const int dim = inputs.dim, words = words_in<Kind>(dim), vectors = whole_vectors(dim) / kLanes;
+  const int dim = inputs.dim, words = words_in<Kind>(dim), width = whole_vectors(dim);
   const int64_t start = inputs.cu_seqlens[share.sequence], length = inputs.cu_seqlens[share.sequence + 1] - start;
   const T* const query = static_cast<const T*>(inputs.qkv) + start * strides.token + share.head * strides.head;
   Block<Kind> block = block_in<Kind>(memory, length, dim);
   pack_keys_and_values(query + strides.part, query + 2 * strides.part, strides.token, length, dim, block);
 
-  const float scale = inputs.scale * kLog2E;
+  const Scale scale = scale_of(inputs.scale * kLog2E);
   for (int64_t first = share.first; first < share.last; first += kQueries) {
     const int count = share.last - first < kQueries ? share.last - first : kQueries;
     const int64_t row = start + first;
@@ -145,23 +144,23 @@ void attend(const Attention& inputs, Strides strides, const Share& share, T* out
         }
       }
       const auto* const probabilities = reinterpret_cast<const typename Kind::Element*>(block.scores);
-      const auto* const values = block.values + words_in<Kind>(key) * whole_vectors(dim);
-      const Factors<Kind> of_out = {probabilities, values, 1, kQueries, whole_vectors(dim), words_in<Kind>(keys)};
+      const auto* const values = block.values + words_in<Kind>(key) * width;
+      const Factors<Kind> of_out = {probabilities, values, 1, kQueries, width, words_in<Kind>(keys)};
       if (key == 0) {
-        multiply<Kind, false>(count, vectors, of_out, nullptr, block.sums, whole_vectors(dim));
+        multiply<Kind, false>(count, width / kLanes, of_out, nullptr, block.sums, width);
       } else {
-        multiply<Kind, true>(count, vectors, of_out, block.factors, block.sums, whole_vectors(dim));
+        multiply<Kind, true>(count, width / kLanes, of_out, block.factors, block.sums, width);
       }
     }
     for (int lane = 0; lane < count; lane += kLanes) {
       const Float total = load(block.total + lane, Whole{});
       store(block.factors + lane, inputs.keep_scale / total, Whole{});
-      store(block.total + lane, (load(block.shift + lane, Whole{}) + log2(total)) * kLn2, Whole{});
+      store(block.total + lane, fma(log2(total), all(kLn2), load(block.most + lane, Whole{}) * inputs.scale), Whole{});
     }
     std::memcpy(lse + share.head * inputs.tokens + row, block.total, count * sizeof(float));
     for (int i = 0; i < count; ++i) {
       T* const to = out + ((row + i) * inputs.heads + share.head) * dim;
-      const float* const sums = block.sums + i * whole_vectors(dim);
+      const float* const sums = block.sums + i * width;
       for_columns(dim, [&](int64_t column, auto there) {
         store(to + column, load(sums + column, Whole{}) * block.factors[i], there);
       });

@@ -66,32 +66,37 @@ void unpack(const float* from, int64_t rows, int dim, T* to, int64_t stride) {
 // keep: bits [count, width] of these queries, nullptr: nothing is dropped.
 void softmax_backward(const Attention& inputs, int64_t length, const float* lse, const int32_t* keep, int count,
                       float* scores, float* dscores) {
-  const Float shift = load(lse, Part{count}) * kLog2E;
-  const float scale = inputs.scale * kLog2E;
-  const auto kept = [&](int64_t key) {  // what a probability is multiplied with
-    Int bits = {};
-    for (int i = 0; i < count; ++i) bits[i] = keep[i * inputs.width + key / 32] >> key % 32 & 1;
-    return select(bits != 0, all(inputs.keep_scale), Float{});
+  const Float shift = load(lse, Part{count});
+  const Scale scale = scale_of(kLog2E);
+  // For every key: what the queries' probabilities of it are multiplied with, where some are dropped.
+  const auto for_keys = [&](auto f) {
+    for (int64_t first = 0; first < length; first += 32) {
+      Word bits = {};
+      for (int i = 0; keep != nullptr && i < count; ++i) bits[i] = keep[i * inputs.width + first / 32];
+      for (int64_t key = first; key < first + 32 && key < length; ++key, bits >>= 1) {
+        f(key, select(bits_of<Int>(bits & 1) != 0, all(inputs.keep_scale), Float{}));
+      }
+    }
   };
   Float totals[4] = {}, sums[4] = {};  // of every fourth key
-  for (int64_t key = 0; key < length; ++key) {
-    const Float p = exp2(load(scores + key * kQueries, Whole{}) * scale - shift);
+  for_keys([&](int64_t key, Float kept) {
+    const Float p = power(load(scores + key * kQueries, Whole{}) * inputs.scale - shift, scale);
     Float dp = load(dscores + key * kQueries, Whole{});
-    if (keep != nullptr) dp *= kept(key);
+    if (keep != nullptr) dp *= kept;
     totals[key % 4] += p;
     sums[key % 4] += p * dp;
     store(scores + key * kQueries, p, Whole{});
     store(dscores + key * kQueries, dp, Whole{});
-  }
+  });
   const Float inverse = 1.0f / ((totals[0] + totals[1]) + (totals[2] + totals[3]));
   const Float delta = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * inverse;
-  for (int64_t key = 0; key < length; ++key) {
+  for_keys([&](int64_t key, Float kept) {
     Float p = load(scores + key * kQueries, Whole{}) * inverse;
     const Float dp = load(dscores + key * kQueries, Whole{});
     store(dscores + key * kQueries, p * (dp - delta) * inputs.scale, Whole{});
-    if (keep != nullptr) p *= kept(key);
+    if (keep != nullptr) p *= kept;
     store(scores + key * kQueries, p, Whole{});
-  }
+  });
 }
 
 // out [rows, width] += left . right [count, width], where left's elements are `row` and `step` apart

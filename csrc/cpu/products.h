@@ -142,20 +142,11 @@ struct Factors {
   int64_t count;
 };
 
-// The product of kHeight rows and kVectors vectors of columns; kAdd: and out, times each row's factor if there are any.
+// The product of kHeight rows and kVectors vectors of columns; kAdd: and out, times each row's factor if there are any,
+// added last: a long sum in parts is more exact.
 template <typename Kind, int kHeight, int kVectors, bool kAdd>
 void tile(Factors<Kind> of, const float* factors, float* out, int64_t out_width) {
   Float sums[kHeight][kVectors] = {};
-  if constexpr (kAdd) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kHeight; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] = load(out + r * out_width + v * kLanes, Whole{});
-        if (factors != nullptr) sums[r][v] *= factors[r];
-      }
-    }
-  }
   for (int64_t i = 0; i < of.count; ++i, of.left += of.step, of.right += of.width) {
     typename Kind::Words right[kVectors];
 #pragma GCC unroll 2
@@ -169,7 +160,14 @@ void tile(Factors<Kind> of, const float* factors, float* out, int64_t out_width)
 #pragma GCC unroll 8
   for (int r = 0; r < kHeight; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(out + r * out_width + v * kLanes, sums[r][v], Whole{});
+    for (int v = 0; v < kVectors; ++v) {
+      float* const to = out + r * out_width + v * kLanes;
+      if constexpr (kAdd) {
+        const Float old = load(to, Whole{});
+        sums[r][v] += factors == nullptr ? old : old * factors[r];
+      }
+      store(to, sums[r][v], Whole{});
+    }
   }
 }
 

@@ -6,15 +6,27 @@
 namespace fastbert::cpu::FASTBERT_ISA {
 namespace {
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr float kLn2 = 0.693147181f;
 
 FASTBERT_INLINE Float larger(Float a, Float b) { return select(a > b, a, b); }
 
-// 2^x for x below 128, within 2e-9 before it is rounded; 0 from -127 down. NaN stays NaN.
-FASTBERT_INLINE Float exp2(Float x) {
+// A factor, high + low: rounded alone it would shift all powers one way.
+struct Scale {
+  float high, low;
+};
+
+FASTBERT_INLINE Scale scale_of(double x) {
+  const auto high = static_cast<float>(x);
+  return {high, static_cast<float>(x - high)};
+}
+
+// 2^(x * scale) for products up to 1, within 2e-9 before it is rounded; 0 from -127 down. NaN stays NaN.
+FASTBERT_INLINE Float power(Float x, Scale scale) {
   constexpr float kRound = 0x1.8p23f + 127;  // so large a float has no fraction; its last bits become the exponent
-  x = larger(all(-127.0f), x);
-  const Float large = x + kRound, f = x - (large - kRound);  // |f| <= 1/2
+  const Float least = all(-127.0f / scale.high), inside = larger(least, x);
+  const Float large = fma(inside, all(scale.high), all(kRound)), whole = large - kRound;
+  const Float f = fma(inside, all(scale.low), fma(inside, all(scale.high), -whole));  // |f| <= 1/2
   Float y = fma(f, all(0.00015353361959569156f), all(0.0013398873852565885f));
   y = fma(f, y, all(0.00961843691766262f));
   y = fma(f, y, all(0.055503323674201965f));
