@@ -82,7 +82,7 @@ FASTBERT_KERNEL(embed_layer_norm_backward, (const EmbedLayerNorm& inputs, const 
 
 constexpr int64_t kTile = 64;  // columns that are added up at a time
 
-constexpr int64_t tile_count(int64_t hidden) { return (hidden + kTile - 1) / kTile; }
+static constexpr int64_t tile_count(int64_t hidden) { return (hidden + kTile - 1) / kTile; }
 
 // dx [rows, hidden] -> at the key of each group in table [size, hidden] the sum of its rows. Of the tiles of all
 // groups, a group's after one another, those first..last-1.

@@ -8,7 +8,7 @@ namespace fastbert::cpu {
 // Sums over rows are made in blocks of so many, whatever the number of threads, and the blocks' sums then added up.
 constexpr int64_t kBlockRows = 32;
 
-constexpr int64_t block_count(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
+static constexpr int64_t block_count(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
 // Memory of one task, each [hidden + kRowPadding]: vectors may reach beyond a row.
 constexpr int64_t kRowPadding = 64;

@@ -19,6 +19,7 @@ def examine() -> dict[str, Any]:
         "provenance": _guarded(provenance),
         "devices": _guarded(all_devices),
         "native": _guarded(native_library),
+        "isa": _guarded(instruction_set),
         "triton": _guarded(triton),
         "demo": _guarded(demo),
         "private names of torch": _guarded(torch_names),
@@ -55,6 +56,13 @@ def native_library() -> dict[str, list[str]]:
     from fastbert import native
 
     return {device: native.refuse(device) for device in ("cpu", "cuda")}
+
+
+def instruction_set() -> dict[str, str | None]:
+    """Which instruction set the native library's kernels for CPUs use; None: there is no library."""
+    from fastbert import native
+
+    return {"cpu": native.isa() if native.load().available else None}
 
 
 def triton() -> dict[str, Any]:

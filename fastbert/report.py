@@ -163,6 +163,8 @@ def doctor_tables(found: dict[str, Any]) -> list[Table]:
     for what, part in (("fast path on", found["devices"]), ("native library,", found["native"])):
         for device, reasons in part.items():
             parts.add_row(f"{what} {device}", _reasons(reasons))
+    isa = found["isa"]
+    parts.add_row("its vector code", escape(isa.get("error") or isa["cpu"] or "none"))
     triton = found["triton"]
     parts.add_row("triton", _reasons(triton.get("reason") or triton.get("error")))
     demo = found["demo"]

@@ -27,7 +27,7 @@ void forward(const AddLayerNorm inputs, const R* beta, float eps, R* y, float* m
   float* sums = memory.sums;
   for (int64_t row = first; row < last; ++row) {
     if (draws != nullptr) draw_row(inputs.dropout, row, hidden, draws);
-    Moments moments(sum_at<X, R>(inputs, row, 0, draws, Part{1})[0]);
+    Moments moments{sum_at<X, R>(inputs, row, 0, draws, Part{1})[0]};
     for_columns(hidden, [&](int64_t column, auto count) {
       const Float sum = sum_at<X, R>(inputs, row, column, draws, count);
       store(sums + column, sum, count);
@@ -62,7 +62,7 @@ void backward(const AddLayerNorm inputs, const R* grads, const float* means, con
     Slope slope;
     for_columns(hidden, [&](int64_t column, auto count) {
       const Float grad = load(grad_row + column, count);
-      const Float normalized = only((sum_at<X, R>(inputs, row, column, draws, count) - mean) * rstd, count);
+      const Float normalized = (sum_at<X, R>(inputs, row, column, draws, count) - mean) * rstd;
       store(normals + column, normalized, count);
       slope.add(grad, load(gamma + column, count), normalized);
       add_to(dgamma + column, grad * normalized, count);

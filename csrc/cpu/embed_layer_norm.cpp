@@ -45,7 +45,7 @@ void forward(const EmbedLayerNorm inputs, const T* beta, float eps, T* y, float*
   float* sums = memory.sums;
   for (int64_t row = first; row < last; ++row) {
     const Rows<T> rows(inputs, row);
-    Moments moments(rows.sum_at(0, Part{1})[0]);
+    Moments moments{rows.sum_at(0, Part{1})[0]};
     for_columns(hidden, [&](int64_t column, auto count) {
       const Float sum = rows.sum_at(column, count);
       store(sums + column, sum, count);
@@ -87,7 +87,7 @@ void backward(const EmbedLayerNorm inputs, const T* grads, const float* means, c
       Float grad = load(grads + row * hidden + column, count);
       if (draws != nullptr) grad = drop(grad, inputs.dropout, draws + column);
       const Float sum = saved != nullptr ? load(saved + column, count) : rows.sum_at(column, count);
-      const Float normalized = only((sum - mean) * rstd, count);
+      const Float normalized = (sum - mean) * rstd;
       store(normals + column, normalized, count);
       store(out + column, grad, count);
       slope.add(grad, load(gamma + column, count), normalized);

@@ -22,19 +22,13 @@ struct Sum {
 // Mean and variance in one pass: sums of x - origin and of its square. The origin is an element of the row, so that the
 // square of the mean, which is subtracted, is at most `hidden` times the variance.
 struct Moments {
-  Double origin, first = {}, second = {}, first_squares = {}, second_squares = {};
-
-  FASTBERT_INLINE explicit Moments(float origin) : origin(Double{} + origin) {}
+  float origin;
+  Double first = {}, second = {}, first_squares = {}, second_squares = {};
 
   template <typename Count>
   FASTBERT_INLINE void add(Float x, Count count) {
-    Double low = first_half(x) - origin, high = second_half(x) - origin;
-    if constexpr (sizeof(Count) > sizeof(Whole)) {
-      for (int i = 0; i < kLanes / 2; ++i) {
-        if (i >= count.count) low[i] = 0;
-        if (i + kLanes / 2 >= count.count) high[i] = 0;
-      }
-    }
+    x = only(x, count, all(origin));
+    const Double low = first_half(x) - static_cast<double>(origin), high = second_half(x) - static_cast<double>(origin);
     first += low;
     second += high;
     first_squares = fma(low, low, first_squares);
@@ -45,7 +39,7 @@ struct Moments {
   FASTBERT_INLINE void finish(int64_t hidden, float eps, float& mean, float& rstd) const {
     const double offset = sum_of(first + second) / hidden;
     const double squares = sum_of(first_squares + second_squares) / hidden - offset * offset;
-    mean = static_cast<float>(origin[0] + offset);
+    mean = static_cast<float>(origin + offset);
     rstd = static_cast<float>(1 / __builtin_sqrt((squares < 0 ? 0 : squares) + eps));
   }
 };

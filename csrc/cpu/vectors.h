@@ -219,13 +219,13 @@ FASTBERT_INLINE void store(T* to, Float x, Count count) {
   }
 }
 
-FASTBERT_INLINE Float only(Float x, Whole) { return x; }
+FASTBERT_INLINE Float only(Float x, Whole, Float = Float{}) { return x; }
 
-// The elements that are there; zeros in place of the others.
-FASTBERT_INLINE Float only(Float x, Part part) {
+// The elements that are there; `other` in place of those that are not.
+FASTBERT_INLINE Float only(Float x, Part part, Float other = Float{}) {
   Int place;
   for (int i = 0; i < kLanes; ++i) place[i] = i;
-  return select(place < part.count, x, Float{});
+  return select(place < part.count, x, other);
 }
 
 template <typename T>

@@ -1,7 +1,7 @@
 import dataclasses
 import json
 
-from fastbert import cli, ops
+from fastbert import cli, native, ops
 from fastbert.ops import samples
 from tests.cli.common import run
 
@@ -12,11 +12,12 @@ def test_doctor_command(tmp_path):
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["provenance"]["machine"]["threads"] >= 1
     assert set(found["native"]) == {"cpu", "cuda"}
+    assert found["isa"] == {"cpu": native.isa() if native.load().available else None}
     assert "attention" in found["ops"]
     for by_setting in found["ops"].values():
         assert {"torch", "reference"} <= set(by_setting["cpu fp32"])
         assert by_setting["cpu fp32"]["reference"] == []  # the specification takes every sample call
-    for words in ("oneDNN packed linear", "native library, cpu", "triton", "attention", "torch: yes"):
+    for words in ("oneDNN packed linear", "native library, cpu", "vector code", "triton", "attention", "torch: yes"):
         assert words in done.stdout
 
 
@@ -47,7 +48,7 @@ def test_doctor_gives_reasons_in_words(monkeypatch):
 def test_doctor_survives_a_broken_part(monkeypatch):
     from fastbert import doctor
 
-    parts = ("provenance", "all_devices", "native_library", "triton", "demo")
+    parts = ("provenance", "all_devices", "native_library", "instruction_set", "triton", "demo")
     for part in (*parts, "torch_names", "transformers_names", "kernels", "op_backends"):
         with monkeypatch.context() as patch:
             patch.setattr(doctor, part, lambda: 1 / 0)
