@@ -480,11 +480,18 @@ std::vector<cpu::Share> attention_shares(const Attention& inputs, const std::vec
   return shares;
 }
 
-// Checked, for the kernel reads where they point; sorted where no order is given.
-std::vector<int32_t> attention_order(const Attention& inputs, int64_t batch) {
-  check(inputs.cu_seqlens[0] >= 0 && inputs.cu_seqlens[batch] <= inputs.tokens &&
-            std::is_sorted(inputs.cu_seqlens, inputs.cu_seqlens + batch + 1),
-        "attention: cu_seqlens do not ascend from 0 to T");
+// The sequences in the order given, else the longest first; checked is all by which the kernels find what they read.
+std::vector<int32_t> attention_order(const AttentionTensors& tensors, const Attention& inputs) {
+  const int64_t batch = tensors.cu_seqlens.size(0) - 1;
+  int64_t longest = 0;
+  bool ascend = inputs.cu_seqlens[0] >= 0 && inputs.cu_seqlens[batch] <= inputs.tokens;
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t length = int64_t{inputs.cu_seqlens[i + 1]} - inputs.cu_seqlens[i];
+    ascend &= length >= 0;
+    longest = std::max(longest, length);
+  }
+  check(ascend, "attention: cu_seqlens do not ascend from 0 to T");
+  check(!tensors.keep_bits.has_value() || inputs.width * 32 >= longest, "attention: keep_bits are too narrow");
   std::vector<int32_t> order(batch);
   if (inputs.order == nullptr) {
     cpu::order_rows(batch, inputs.cu_seqlens, order.data());
@@ -511,7 +518,6 @@ void run_shares(const Attention& inputs, const std::vector<cpu::Share>& shares, 
     products += (shares[i].last - shares[i].first + 1) * length * inputs.dim;
     longest = std::max(longest, length);
   }
-  check(inputs.keep_bits == nullptr || inputs.width * 32 >= longest, "attention: keep_bits are too narrow");
   const auto tasks = static_cast<int64_t>(starts.size());
   starts.push_back(shares.size());
   std::atomic<int64_t> next{0};
@@ -534,7 +540,7 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& qkv, const Tensor& cu_seq
   const cpu::Strides strides = {tensors.qkv.stride(0), tensors.qkv.stride(1), tensors.qkv.stride(2)};
   const Tensor out = empty(qkv, {inputs.tokens, inputs.heads, inputs.dim}, qkv.scalar_type());
   const Tensor lse = empty(qkv, {inputs.heads, inputs.tokens}, ScalarType::Float);
-  const std::vector<int32_t> sequences = attention_order(inputs, tensors.cu_seqlens.size(0) - 1);
+  const std::vector<int32_t> sequences = attention_order(tensors, inputs);
   const int64_t threads = torch::stable::get_num_threads();
   const std::vector<cpu::Share> shares = attention_shares(inputs, sequences, threads);
   void* const rows = out.data_ptr();
@@ -557,7 +563,7 @@ std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor& grad, const Tens
   const Attention inputs = tensors.inputs(scale, p);
   const Tensor grads = torch::stable::contiguous(grad), lses = torch::stable::contiguous(lse);
   const Tensor dqkv = empty(qkv, {inputs.tokens, 3, inputs.heads, inputs.dim}, qkv.scalar_type());
-  const std::vector<int32_t> sequences = attention_order(inputs, tensors.cu_seqlens.size(0) - 1);
+  const std::vector<int32_t> sequences = attention_order(tensors, inputs);
   const int64_t threads = torch::stable::get_num_threads();
   const std::vector<cpu::Share> shares = attention_shares(inputs, sequences, 0);
   const void* const grad_rows = grads.data_ptr();
