@@ -38,7 +38,7 @@ void forward(const AddLayerNorm inputs, const R* beta, float eps, R* y, float* m
     R* out = y + row * hidden;
     for_columns(hidden, [&](int64_t column, auto count) {
       const Float normalized = (load(sums + column, count) - mean) * rstd;
-      store(out + column, fma(normalized, load(gamma + column, count), load(beta + column, count)), count);
+      store(out + column, fused(normalized, load(gamma + column, count), load(beta + column, count)), count);
     });
   }
 }

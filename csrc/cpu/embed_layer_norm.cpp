@@ -58,7 +58,7 @@ void forward(const EmbedLayerNorm inputs, const T* beta, float eps, T* y, float*
     T* out = y + row * hidden;
     for_columns(hidden, [&](int64_t column, auto count) {
       const Float normalized = (load(sums + column, count) - mean) * rstd;
-      Float found = fma(normalized, load(gamma + column, count), load(beta + column, count));
+      Float found = fused(normalized, load(gamma + column, count), load(beta + column, count));
       if (draws != nullptr) found = drop(found, inputs.dropout, draws + column);
       store(out + column, found, count);
     });

@@ -7,6 +7,15 @@
 namespace fastbert::cpu::FASTBERT_ISA {
 namespace {
 
+// a * b + c, rounded once: in float64 where there is no instruction for it.
+FASTBERT_INLINE Float fused(Float a, Float b, Float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return fma(a, b, c);
+#else
+  return joined(fma(first_half(a), first_half(b), first_half(c)), fma(second_half(a), second_half(b), second_half(c)));
+#endif
+}
+
 // A sum of vectors.
 struct Sum {
   Double first = {}, second = {};
@@ -64,7 +73,7 @@ struct Slope {
   }
 
   FASTBERT_INLINE Float of(Float grad, Float gamma, Float normalized) const {
-    return fma(grad, gamma, -fma(normalized, all(projection), all(mean))) * scale;
+    return fused(grad, gamma, -fused(normalized, all(projection), all(mean))) * scale;
   }
 };
 

@@ -62,10 +62,26 @@ FASTBERT_INLINE Float all(float x) { return x - Float{}; }
 
 FASTBERT_INLINE Word all(uint32_t x) { return x + Word{}; }
 
-// The product is fused with the sum where the instruction set can: by -ffp-contract, the compilers' default.
-template <typename V>
-FASTBERT_INLINE V fma(V a, V b, V c) {
+// a * b + c, rounded once where there is an instruction for it; on other machines than x86 by -ffp-contract, the
+// compilers' default.
+FASTBERT_INLINE Float fma(Float a, Float b, Float c) {
+#if defined(__AVX512F__)
+  return bits_of<Float>(_mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), bits_of<__m512>(c)));
+#elif defined(__FMA__)
+  return bits_of<Float>(_mm256_fmadd_ps(bits_of<__m256>(a), bits_of<__m256>(b), bits_of<__m256>(c)));
+#else
   return a * b + c;
+#endif
+}
+
+FASTBERT_INLINE Double fma(Double a, Double b, Double c) {
+#if defined(__AVX512F__)
+  return bits_of<Double>(_mm512_fmadd_pd(bits_of<__m512d>(a), bits_of<__m512d>(b), bits_of<__m512d>(c)));
+#elif defined(__FMA__)
+  return bits_of<Double>(_mm256_fmadd_pd(bits_of<__m256d>(a), bits_of<__m256d>(b), bits_of<__m256d>(c)));
+#else
+  return a * b + c;
+#endif
 }
 
 FASTBERT_INLINE Float select(Int where, Float yes, Float no) { return where ? yes : no; }

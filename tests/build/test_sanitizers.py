@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 
+from tests import emulated
 from tests.build.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 SHARED = "-fsanitize-sections=emulated_shared"  # watches the emulator's __shared__ arrays too
 NATIVE, EMULATED = "tests/build/test_*_native.py", "tests/build/test_unpad_emulated.py"
+ON_CPU = ("add_layer_norm", "embed_layer_norm")  # by tests/ops, beside those with a file in NATIVE
 ON_GPU = (
     "add_layer_norm", "attention", "bias_gelu", "dropout_bits", "embed_layer_norm", "feed_forward", "pad", "unpad",
 )  # fmt: skip
@@ -112,11 +114,29 @@ def test_no_error_is_found_in_the_cuda_kernels(tree: Path, environment: dict[str
     assert re.search(r"\b\d\d\d passed", said), said
 
 
+@pytest.fixture
+def plainly_emulated(environment: dict[str, str]) -> dict[str, str]:
+    """The variables with CUDA's kernels as they are built without sanitizers, for tests of others in tests/ops."""
+    return environment | {"FASTBERT_EMULATED": str(emulated.built())}
+
+
+def test_no_error_is_found_in_the_vector_code(
+    tree: Path, setup_py: ModuleType, compiler: str, plainly_emulated: dict[str, str]
+) -> None:
+    """By every instruction set, and by what tests/ops asks of every backend."""
+    build(tree, setup_py, compiler)
+    files = ["tests/ops/test_isas.py", *(f"tests/ops/test_{op}.py" for op in ON_CPU)]
+    passed, said = run_tests(tree, plainly_emulated, *files, chosen="isas or (cpu and not opcheck)")
+    assert passed, said
+    assert re.search(r"\b\d\d\d passed", said), said
+
+
 def test_every_op_of_the_library_has_tests_here() -> None:
     source = (ROOT / "csrc/ops.cpp").read_text()
     on_cpu = source.partition("STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m)")[2].partition("}")[0]
-    assert re.findall(r'm\.impl\("(\w+)"', on_cpu) == ["unpad"]
-    for op in re.findall(r'm\.impl\("(\w+)"', on_cpu):
+    ops = {op.removesuffix("_backward") for op in re.findall(r'm\.impl\("(\w+)"', on_cpu)}
+    assert ops > set(ON_CPU)
+    for op in ops - set(ON_CPU):
         assert (ROOT / f"tests/build/test_{op}_native.py").is_file(), op
     files = {path.stem.removesuffix("_backward") for path in (ROOT / "csrc/cuda").glob("*.cu")}
     assert files <= set(ON_GPU)
@@ -169,6 +189,20 @@ PLANTED = {  # file, what is right, what is wrong, the test that comes by it, wh
         CUDA, "int32_t length = 0;", "int32_t length = 2147483647;", EMULATED_ALL_REAL, "signed integer overflow",
     ),
 }  # fmt: skip
+WIDTHS = "tests/ops/test_isas.py::test_widths_around_those_of_vectors"
+IN_VECTOR_CODE = {
+    "an element read behind the last": (
+        "csrc/cpu/vectors.h", "std::memcpy(&found, from, part.count * sizeof(T));",
+        "std::memcpy(&found, from, (part.count + 1) * sizeof(T));", f"{WIDTHS}[baseline-torch.bfloat16-3]",
+    ),
+    "an element written behind the last": (
+        "csrc/cpu/vectors.h", "std::memcpy(to, &x, part.count * sizeof(T));",
+        "std::memcpy(to, &x, (part.count + 1) * sizeof(T));", f"{WIDTHS}[baseline-torch.bfloat16-3]",
+    ),
+    "a task's memory as short as a row": (
+        "csrc/rows.h", "kRowPadding = 64", "kRowPadding = 0", f"{WIDTHS}[baseline-torch.bfloat16-3]",
+    ),
+}  # fmt: skip
 IN_CUDA = {
     "a column read behind the last row": (
         "i < left ? to_float(from[i])",
@@ -199,4 +233,17 @@ def test_planted_errors_in_the_cuda_kernels_are_found(error: str, tree: Path, en
     (tree / "csrc/cuda/rows.cuh").write_text(source.replace(right, wrong))
     test = "tests/ops/test_add_layer_norm.py::test_parity[add_layer_norm-odd-float32-cuda]"
     passed, said = run_tests(tree, environment, test)
+    assert not passed and "heap-buffer-overflow" in said, said
+
+
+@pytest.mark.parametrize("error", IN_VECTOR_CODE)
+def test_planted_errors_in_the_vector_code_are_found(
+    error: str, tree: Path, setup_py: ModuleType, compiler: str, plainly_emulated: dict[str, str]
+) -> None:
+    file, right, wrong, test = IN_VECTOR_CODE[error]
+    source = (tree / file).read_text()
+    assert source.count(right) == 1
+    (tree / file).write_text(source.replace(right, wrong))
+    build(tree, setup_py, compiler)
+    passed, said = run_tests(tree, plainly_emulated, test)
     assert not passed and "heap-buffer-overflow" in said, said
