@@ -15,7 +15,7 @@ struct Numbers {
   static constexpr int kEach = 1;
 };
 
-FASTBERT_INLINE Float add_product(Float sum, float a, Float b) { return sum + a * b; }
+FASTBERT_INLINE Float add_product(Float sum, float a, Float b) { return fma(all(a), b, sum); }
 
 template <typename T>
 struct KindOf {
