@@ -121,32 +121,40 @@ void attend(const Attention& inputs, Strides strides, const Share& share, T* out
   const int64_t start = inputs.cu_seqlens[share.sequence], length = inputs.cu_seqlens[share.sequence + 1] - start;
   const T* const query = static_cast<const T*>(inputs.qkv) + start * strides.token + share.head * strides.head;
   Block<Kind> block = block_in<Kind>(memory, length, dim);
-  pack_keys_and_values(query + strides.part, query + 2 * strides.part, strides.token, length, dim, block);
+  const auto *keys = block.keys, *values = block.values;
+  int64_t key_stride = words, value_stride = width;
+  if (sizeof(T) == 4 && length <= kQueries && dim % kLanes == 0) {  // read once: where they stand
+    keys = reinterpret_cast<const typename Kind::Element*>(query + strides.part);
+    values = reinterpret_cast<const typename Kind::Element*>(query + 2 * strides.part);
+    key_stride = value_stride = strides.token;
+  } else {
+    pack_keys_and_values(query + strides.part, query + 2 * strides.part, strides.token, length, dim, block);
+  }
 
   const Scale scale = scale_of(inputs.scale * kLog2E);
   for (int64_t first = share.first; first < share.last; first += kQueries) {
     const int count = share.last - first < kQueries ? share.last - first : kQueries;
     const int64_t row = start + first;
     pack_transposed<Kind, kQueries>(query + first * strides.token, strides.token, count, dim, block.queries);
-    for (int64_t key = 0; key < length; key += kKeys) {
-      const int keys = length - key < kKeys ? length - key : kKeys;
-      const Factors<Kind> of_scores = {block.keys + key * words, block.queries, words, 1, kQueries, words};
-      multiply<Kind, false>(keys, whole_vectors(count) / kLanes, of_scores, nullptr, block.scores, kQueries);
+    for (int64_t chunk = 0; chunk < length; chunk += kKeys) {
+      const int some = length - chunk < kKeys ? length - chunk : kKeys;
+      const Factors<Kind> of_scores = {keys + chunk * key_stride, block.queries, key_stride, 1, kQueries, words};
+      multiply<Kind, false>(some, whole_vectors(count) / kLanes, of_scores, nullptr, block.scores, kQueries);
       if (inputs.keep_bits != nullptr) {
-        const int32_t* const keep = inputs.keep_bits + (share.head * inputs.tokens + row) * inputs.width + key / 32;
-        pack_bits(keep, inputs.width, keys, count, block);
+        const int32_t* const keep = inputs.keep_bits + (share.head * inputs.tokens + row) * inputs.width + chunk / 32;
+        pack_bits(keep, inputs.width, some, count, block);
       }
       for (int lane = 0; lane < count; lane += kLanes) {
         if (inputs.keep_bits != nullptr) {
-          softmax<Kind, true>(lane, keys, key == 0, scale, block);
+          softmax<Kind, true>(lane, some, chunk == 0, scale, block);
         } else {
-          softmax<Kind, false>(lane, keys, key == 0, scale, block);
+          softmax<Kind, false>(lane, some, chunk == 0, scale, block);
         }
       }
       const auto* const probabilities = reinterpret_cast<const typename Kind::Element*>(block.scores);
-      const auto* const values = block.values + words_in<Kind>(key) * width;
-      const Factors<Kind> of_out = {probabilities, values, 1, kQueries, width, words_in<Kind>(keys)};
-      if (key == 0) {
+      const Factors<Kind> of_out = {probabilities, values + words_in<Kind>(chunk) * value_stride, 1, kQueries, value_stride,
+                                    words_in<Kind>(some)};
+      if (chunk == 0) {
         multiply<Kind, false>(count, width / kLanes, of_out, nullptr, block.sums, width);
       } else {
         multiply<Kind, true>(count, width / kLanes, of_out, block.factors, block.sums, width);
