@@ -152,8 +152,8 @@ void attend(const Attention& inputs, Strides strides, const Share& share, T* out
         }
       }
       const auto* const probabilities = reinterpret_cast<const typename Kind::Element*>(block.scores);
-      const Factors<Kind> of_out = {probabilities, values + words_in<Kind>(chunk) * value_stride, 1, kQueries, value_stride,
-                                    words_in<Kind>(some)};
+      const auto* const chunk_values = values + words_in<Kind>(chunk) * value_stride;
+      const Factors<Kind> of_out = {probabilities, chunk_values, 1, kQueries, value_stride, words_in<Kind>(some)};
       if (chunk == 0) {
         multiply<Kind, false>(count, width / kLanes, of_out, nullptr, block.sums, width);
       } else {
