@@ -4,10 +4,11 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "isa.h"
 
 namespace fastbert {
 
-constexpr int kMostHeadDim = 128;
+constexpr int kMostHeadDim = 128;  // of the CUDA kernels
 constexpr int kClasses[] = {64, 128, 256, 512};  // the longest sequence of each length class; one more holds longer ones
 constexpr int kClassCount = 5;
 
@@ -46,4 +47,39 @@ const char* attention_backward(const Attention& inputs, const Sequences& sequenc
                                float* rows, void* dqkv, void* stream);
 
 }  // namespace cuda
+
+namespace cpu {
+
+constexpr int kMostLanes = 16, kMostQueries = 2 * kMostLanes, kChunkKeys = 128;  // of every instruction set
+
+// Of qkv [tokens, 3, heads, dim] in elements; dim's is 1. Here qkv need not be contiguous.
+struct Strides {
+  int64_t token, part, head;
+};
+
+// Queries first..last-1 of a sequence, in one head.
+struct Share {
+  int64_t sequence, head, first, last;
+};
+
+// How many bytes a share is computed in, on a line of the cache; length: of its sequence.
+constexpr int64_t attention_memory(int64_t length, int64_t dim) {
+  const int64_t width = (dim + kMostLanes - 1) / kMostLanes * kMostLanes;  // 5: each of the parts is rounded up
+  return 4 * (2 * kMostQueries * width + kChunkKeys * kMostQueries + length * (dim + width) + 6 * kMostLanes);
+}
+
+// out [tokens, heads, dim], lse [heads, tokens]: the rows of a share. inputs.order is not read.
+FASTBERT_KERNEL(attention, (const Attention& inputs, Strides strides, const Share& share, void* out, float* lse,
+                            char* memory))
+
+constexpr int64_t attention_backward_memory(int64_t length, int64_t dim) {
+  const int64_t width = (dim + kMostLanes - 1) / kMostLanes * kMostLanes;
+  return 4 * (length * (4 * width + 2 * kMostQueries) + 5 * kMostQueries * width);
+}
+
+// grad [tokens, heads, dim] -> dqkv [tokens, 3, heads, dim]: the rows of a sequence in one head. qkv is contiguous.
+FASTBERT_KERNEL(attention_backward, (const Attention& inputs, int64_t sequence, int64_t head, const void* grad,
+                                     const float* lse, void* dqkv, char* memory))
+
+}  // namespace cpu
 }  // namespace fastbert

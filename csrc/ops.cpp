@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
@@ -38,6 +39,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kElementsPerTask = 1 << 15;
+constexpr int64_t kProductsPerTask = 1 << 18, kSharesPerThread = 4, kLeastQueries = 128;  // of attention on CPUs
 
 void check(bool condition, const char* words) {
   if (!condition) throw std::runtime_error(words);
@@ -181,6 +183,53 @@ EmbedLayerNormTensors contiguous_tables(const Tensor& ids, const std::optional<T
           fastbert::contiguous(type_table), contiguous(position_table), contiguous(gamma)};
 }
 
+struct AttentionTensors {
+  Tensor qkv, cu_seqlens;
+  std::optional<Tensor> keep_bits, order;
+  const std::vector<int64_t>& classes;
+
+  AttentionTensors(const Tensor& qkv, const Tensor& cu_seqlens, const std::optional<Tensor>& keep_bits,
+                   const std::optional<Tensor>& order, const std::vector<int64_t>& classes)
+      : qkv(qkv), cu_seqlens(torch::stable::contiguous(cu_seqlens)),
+        keep_bits(contiguous(keep_bits)), order(contiguous(order)), classes(classes) {
+    check(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(2) <= kMaxInt32 && qkv.size(3) >= 1 && qkv.size(3) <= kMaxInt32,
+          "attention: qkv is not [T, 3, N, 1 or more]");
+    check(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.size(0) >= 1 && cu_seqlens.size(0) <= kMaxInt32,
+          "attention: cu_seqlens is not [B + 1] int32");
+    check(classes.empty() || (order.has_value() && classes.size() == kClassCount),
+          "attention: classes are not 5, or there is no order");
+  }
+
+  // keep bits [N, T, W]
+  Attention inputs(double scale, double p) const {
+    const auto threshold = static_cast<int>(p * 65536 + 0.5);
+    const double keep_scale = threshold < 65536 ? 65536.0 / (65536 - threshold) : 0.0;
+    return {qkv.data_ptr(), static_cast<const int32_t*>(cu_seqlens.data_ptr()),
+            static_cast<const int32_t*>(pointer(order)), static_cast<const int32_t*>(pointer(keep_bits)), dtype_of(qkv),
+            qkv.size(0), keep_bits.has_value() ? keep_bits->size(2) : 0, static_cast<int>(qkv.size(2)),
+            static_cast<int>(qkv.size(3)), static_cast<float>(scale), static_cast<float>(keep_scale)};
+  }
+
+  Sequences sequences(int64_t longest) const {
+    check(longest <= kMaxInt32, "attention: max_seqlen is over 2147483647");
+    return {static_cast<int>(cu_seqlens.size(0) - 1), static_cast<int>(longest),
+            classes.empty() ? nullptr : classes.data()};
+  }
+};
+
+Tensor sum_of_rows(const Tensor& x) {
+  const int64_t rows = 0;
+  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
+}
+
+// dqkv [T, 3, N, D] and its sum over T, each if it is needed
+std::tuple<Tensor, Tensor> attention_gradients(const Tensor& dqkv, const std::vector<bool>& needed) {
+  const auto none = [&] { return empty(dqkv, {0}, dqkv.scalar_type()); };
+  if (!needed[1]) return {needed[0] ? dqkv : none(), none()};
+  const Tensor sums = sum_of_rows(torch::stable::flatten(dqkv, 1));
+  return {needed[0] ? dqkv : none(), torch::stable::reshape(sums, {3, dqkv.size(2), dqkv.size(3)})};
+}
+
 #ifndef FASTBERT_EMULATED
 
 // mask [B, S] -> indices [T] int64, cu_seqlens [B + 1] int32, order [B] int32; tokens: T, if it is known
@@ -210,7 +259,17 @@ std::tuple<Tensor, Tensor, Tensor> unpad_cpu(const Tensor& mask_tensor, int64_t)
   return {indices_tensor, cu_tensor, order_tensor};
 }
 
-// Memory of a task of the kernels of rows, on lines of the cache.
+constexpr std::align_val_t kLine{64};  // of the cache
+
+struct Free {
+  void operator()(void* memory) const { ::operator delete(memory, kLine); }
+};
+
+using Memory = std::unique_ptr<void, Free>;
+
+Memory allocate(size_t bytes) { return Memory(::operator new(bytes, kLine)); }
+
+// Memory of a task of the kernels of rows.
 class TaskMemory {
  public:
   explicit TaskMemory(int64_t hidden)
@@ -220,14 +279,6 @@ class TaskMemory {
   cpu::RowMemory get() const { return {static_cast<float*>(sums_.get()), static_cast<uint16_t*>(draws_.get())}; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(void* memory) const { ::operator delete(memory, kLine); }
-  };
-  using Memory = std::unique_ptr<void, Free>;
-
-  static Memory allocate(size_t bytes) { return Memory(::operator new(bytes, kLine)); }
-
   Memory sums_, draws_;
 };
 
@@ -406,6 +457,125 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embed_layer_norm_backward_cpu
           gradient(needed[2], inputs.positions, position_padding), dgamma, dbeta};
 }
 
+// The shares of a call, the longest sequences first: all queries of a sequence, or so many that all threads have
+// several shares; threads 0: all.
+std::vector<cpu::Share> attention_shares(const Attention& inputs, const std::vector<int32_t>& order, int64_t threads) {
+  const auto length_of = [&](int64_t i) { return int64_t{inputs.cu_seqlens[i + 1]} - inputs.cu_seqlens[i]; };
+  int64_t scores = 0;
+  for (const int32_t i : order) scores += length_of(i) * length_of(i) * inputs.heads;
+  std::vector<cpu::Share> shares;
+  for (const int32_t i : order) {
+    const int64_t length = length_of(i);
+    int64_t queries = length;
+    if (threads > 0) {
+      const int64_t most = scores / (kSharesPerThread * threads * (length + 1));
+      queries = std::max<int64_t>(most / kLeastQueries, 1) * kLeastQueries;
+    }
+    for (int64_t head = 0; head < inputs.heads; ++head) {
+      for (int64_t first = 0; first < length; first += queries) {
+        shares.push_back({i, head, first, std::min(first + queries, length)});
+      }
+    }
+  }
+  return shares;
+}
+
+// The sequences in the order given, else the longest first; checked is all by which the kernels find what they read.
+std::vector<int32_t> attention_order(const AttentionTensors& tensors, const Attention& inputs) {
+  const int64_t batch = tensors.cu_seqlens.size(0) - 1;
+  int64_t longest = 0;
+  bool ascend = inputs.cu_seqlens[0] >= 0 && inputs.cu_seqlens[batch] <= inputs.tokens;
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t length = int64_t{inputs.cu_seqlens[i + 1]} - inputs.cu_seqlens[i];
+    ascend &= length >= 0;
+    longest = std::max(longest, length);
+  }
+  check(ascend, "attention: cu_seqlens do not ascend from 0 to T");
+  check(!tensors.keep_bits.has_value() || inputs.width * 32 >= longest, "attention: keep_bits are too narrow");
+  std::vector<int32_t> order(batch);
+  if (inputs.order == nullptr) {
+    cpu::order_rows(batch, inputs.cu_seqlens, order.data());
+  } else {
+    std::copy(inputs.order, inputs.order + batch, order.begin());
+    check(std::all_of(order.begin(), order.end(), [=](int32_t i) { return i >= 0 && i < batch; }),
+          "attention: order holds no sequences");
+  }
+  return order;
+}
+
+// kernel(share, memory) for all shares; memory_for(length, dim): how many bytes each needs
+template <typename F>
+void run_shares(const Attention& inputs, const std::vector<cpu::Share>& shares, int64_t threads,
+                int64_t (*memory_for)(int64_t, int64_t), F kernel) {
+  std::vector<size_t> starts;  // of the tasks: so many shares each that a task is worth a thread
+  int64_t longest = 0, products = kProductsPerTask;
+  for (size_t i = 0; i < shares.size(); ++i) {
+    if (products >= kProductsPerTask) {
+      starts.push_back(i);
+      products = 0;
+    }
+    const int64_t length = inputs.cu_seqlens[shares[i].sequence + 1] - inputs.cu_seqlens[shares[i].sequence];
+    products += (shares[i].last - shares[i].first + 1) * length * inputs.dim;
+    longest = std::max(longest, length);
+  }
+  const auto tasks = static_cast<int64_t>(starts.size());
+  starts.push_back(shares.size());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t, int64_t) {
+    const Memory memory = allocate(memory_for(longest, inputs.dim));
+    for (int64_t task = next++; task < tasks; task = next++) {
+      for (size_t i = starts[task]; i < starts[task + 1]; ++i) kernel(shares[i], static_cast<char*>(memory.get()));
+    }
+  });
+}
+
+// qkv [T, 3, N, D], in place where its last stride is 1 -> out [T, N, D], lse [N, T]
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor& qkv, const Tensor& cu_seqlens, int64_t, double scale,
+                                         const std::optional<Tensor>& keep_bits, double p,
+                                         const std::optional<Tensor>& order, const std::vector<int64_t>& classes,
+                                         const std::optional<Tensor>&) {
+  const bool in_place = qkv.dim() == 4 && qkv.stride(3) == 1;
+  const AttentionTensors tensors(in_place ? qkv : torch::stable::contiguous(qkv), cu_seqlens, keep_bits, order, classes);
+  const Attention inputs = tensors.inputs(scale, p);
+  const cpu::Strides strides = {tensors.qkv.stride(0), tensors.qkv.stride(1), tensors.qkv.stride(2)};
+  const Tensor out = empty(qkv, {inputs.tokens, inputs.heads, inputs.dim}, qkv.scalar_type());
+  const Tensor lse = empty(qkv, {inputs.heads, inputs.tokens}, ScalarType::Float);
+  const std::vector<int32_t> sequences = attention_order(tensors, inputs);
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::vector<cpu::Share> shares = attention_shares(inputs, sequences, threads);
+  void* const rows = out.data_ptr();
+  float* const lses = floats(lse);
+  const auto kernel = cpu::attention();
+  run_shares(inputs, shares, threads, cpu::attention_memory, [&](const cpu::Share& share, char* memory) {
+    kernel(inputs, strides, share, rows, lses, memory);
+  });
+  return {out, lse};
+}
+
+// grad [T, N, D], lse [N, T] -> dqkv [T, 3, N, D], its sum over T [3, N, D]; out is not read
+std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor& grad, const Tensor& qkv, const Tensor&,
+                                                  const Tensor& lse, const Tensor& cu_seqlens, int64_t, double scale,
+                                                  const std::optional<Tensor>& keep_bits, double p,
+                                                  const std::optional<Tensor>& order,
+                                                  const std::vector<int64_t>& classes,
+                                                  const std::vector<bool>& needed) {
+  const AttentionTensors tensors(torch::stable::contiguous(qkv), cu_seqlens, keep_bits, order, classes);
+  const Attention inputs = tensors.inputs(scale, p);
+  const Tensor grads = torch::stable::contiguous(grad), lses = torch::stable::contiguous(lse);
+  const Tensor dqkv = empty(qkv, {inputs.tokens, 3, inputs.heads, inputs.dim}, qkv.scalar_type());
+  const std::vector<int32_t> sequences = attention_order(tensors, inputs);
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::vector<cpu::Share> shares = attention_shares(inputs, sequences, 0);
+  const void* const grad_rows = grads.data_ptr();
+  void* const rows = dqkv.data_ptr();
+  const float* const lse_rows = floats(lses);
+  const auto kernel = cpu::attention_backward();
+  run_shares(inputs, shares, threads, cpu::attention_backward_memory, [&](const cpu::Share& share, char* memory) {
+    kernel(inputs, share.sequence, share.head, grad_rows, lse_rows, rows, memory);
+  });
+  return attention_gradients(dqkv, needed);
+}
+
 int64_t isa() { return static_cast<int64_t>(cpu::isa()); }
 
 // Kernels use at most this instruction set from now on; returns which they use.
@@ -420,6 +590,13 @@ int64_t limit_isa(int64_t most) {
 // The ops that the CPU has kernels for.
 void define_ops_of_cpu(torch::stable::detail::StableLibrary& m) {
   m.def("unpad(Tensor mask, int tokens=-1) -> (Tensor indices, Tensor cu_seqlens, Tensor order)");
+  m.def(
+      "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, float scale, Tensor? keep_bits=None, float p=0.0,"
+      " Tensor? order=None, int[] classes=[], Tensor? bias=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, int max_seqlen,"
+      " float scale, Tensor? keep_bits, float p, Tensor? order, int[] classes, bool[] needed)"
+      " -> (Tensor dqkv, Tensor dbias)");
   m.def(
       "add_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor gamma, Tensor beta, float eps, float p=0.0,"
       " Tensor? seed=None, int site=0) -> (Tensor y, Tensor mean, Tensor rstd)");
@@ -452,6 +629,8 @@ STABLE_TORCH_LIBRARY(fastbert_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m) {
   m.impl("unpad", TORCH_BOX(&fastbert::unpad_cpu));
+  m.impl("attention", TORCH_BOX(&fastbert::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&fastbert::attention_backward_cpu));
   m.impl("add_layer_norm", TORCH_BOX(&fastbert::add_layer_norm_cpu));
   m.impl("add_layer_norm_backward", TORCH_BOX(&fastbert::add_layer_norm_backward_cpu));
   m.impl("embed_layer_norm", TORCH_BOX(&fastbert::embed_layer_norm_cpu));
@@ -728,11 +907,6 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
   return torch::stable::matmul(torch::stable::transpose(grad, 0, 1), x);
 }
 
-Tensor sum_of_rows(const Tensor& x) {
-  const int64_t rows = 0;
-  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
-}
-
 // x [T, K] -> gelu(x . weight^T + bias) [T, N], and x . weight^T + bias if it is to be saved
 std::tuple<Tensor, Tensor> linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                        bool is_tanh, bool save) {
@@ -795,47 +969,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
   return {dx, dw1, db1, dw2, needed[4] ? sum_of_rows(grad) : none()};
 }
 
-struct AttentionTensors {
-  Tensor qkv, cu_seqlens;
-  std::optional<Tensor> keep_bits, order;
-  const std::vector<int64_t>& classes;
-
-  AttentionTensors(const Tensor& qkv, const Tensor& cu_seqlens, const std::optional<Tensor>& keep_bits,
-                   const std::optional<Tensor>& order, const std::vector<int64_t>& classes)
-      : qkv(torch::stable::contiguous(qkv)), cu_seqlens(torch::stable::contiguous(cu_seqlens)),
-        keep_bits(contiguous(keep_bits)), order(contiguous(order)), classes(classes) {
-    check(qkv.dim() == 4 && qkv.size(1) == 3 && qkv.size(3) >= 1 && qkv.size(3) <= kMostHeadDim,
-          "attention: qkv is not [T, 3, N, 1 to 128]");
-    check(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.size(0) >= 1 && cu_seqlens.size(0) <= kMaxInt32,
-          "attention: cu_seqlens is not [B + 1] int32");
-    check(classes.empty() || (order.has_value() && classes.size() == kClassCount),
-          "attention: classes are not 5, or there is no order");
-  }
-
-  // keep bits [N, T, W]
-  Attention inputs(double scale, double p) const {
-    const auto threshold = static_cast<int>(p * 65536 + 0.5);
-    const double keep_scale = threshold < 65536 ? 65536.0 / (65536 - threshold) : 0.0;
-    return {qkv.data_ptr(), static_cast<const int32_t*>(cu_seqlens.data_ptr()),
-            static_cast<const int32_t*>(pointer(order)), static_cast<const int32_t*>(pointer(keep_bits)), dtype_of(qkv),
-            qkv.size(0), keep_bits.has_value() ? keep_bits->size(2) : 0, static_cast<int>(qkv.size(2)),
-            static_cast<int>(qkv.size(3)), static_cast<float>(scale), static_cast<float>(keep_scale)};
-  }
-
-  Sequences sequences(int64_t longest) const {
-    check(longest <= kMaxInt32, "attention: max_seqlen is over 2147483647");
-    return {static_cast<int>(cu_seqlens.size(0) - 1), static_cast<int>(longest),
-            classes.empty() ? nullptr : classes.data()};
-  }
-};
-
 // qkv [T, 3, N, D] -> out [T, N, D], lse [N, T]
 std::tuple<Tensor, Tensor> attention(const Tensor& qkv, const Tensor& cu_seqlens, int64_t max_seqlen, double scale,
                                      const std::optional<Tensor>& keep_bits, double p,
                                      const std::optional<Tensor>& order, const std::vector<int64_t>& classes,
                                      const std::optional<Tensor>&) {
   const Device device(qkv);
-  const AttentionTensors tensors(qkv, cu_seqlens, keep_bits, order, classes);
+  const AttentionTensors tensors(torch::stable::contiguous(qkv), cu_seqlens, keep_bits, order, classes);
+  check(qkv.size(3) <= kMostHeadDim, "attention: head_dim is over 128");
   const Attention inputs = tensors.inputs(scale, p);
   const Tensor out = empty(qkv, {inputs.tokens, inputs.heads, inputs.dim}, qkv.scalar_type());
   const Tensor lse = empty(qkv, {inputs.heads, inputs.tokens}, ScalarType::Float);
@@ -852,22 +993,17 @@ std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& 
                                               const std::optional<Tensor>& order, const std::vector<int64_t>& classes,
                                               const std::vector<bool>& needed) {
   const Device device(qkv);
-  const AttentionTensors tensors(qkv, cu_seqlens, keep_bits, order, classes);
+  const AttentionTensors tensors(torch::stable::contiguous(qkv), cu_seqlens, keep_bits, order, classes);
+  check(qkv.size(3) <= kMostHeadDim, "attention: head_dim is over 128");
   const Attention inputs = tensors.inputs(scale, p);
   const Tensor grads = torch::stable::contiguous(grad), lses = torch::stable::contiguous(lse);
   const Tensor dqkv = empty(qkv, {inputs.tokens, 3, inputs.heads, inputs.dim}, qkv.scalar_type());
-  const auto gradients = [&]() -> std::tuple<Tensor, Tensor> {
-    const auto none = [&] { return empty(qkv, {0}, qkv.scalar_type()); };
-    if (!needed[1]) return {needed[0] ? dqkv : none(), none()};
-    const Tensor sums = sum_of_rows(torch::stable::flatten(dqkv, 1));
-    return {needed[0] ? dqkv : none(), torch::stable::reshape(sums, {3, inputs.heads, inputs.dim})};
-  };
-  if (inputs.tokens == 0 || inputs.heads == 0) return gradients();
+  if (inputs.tokens == 0 || inputs.heads == 0) return attention_gradients(dqkv, needed);
   const Tensor rows = empty(qkv, {2, inputs.heads, inputs.tokens}, ScalarType::Float);
   check_cuda("attention_backward",
              cuda::attention_backward(inputs, tensors.sequences(max_seqlen), grads.data_ptr(), floats(lses),
                                       floats(rows), dqkv.data_ptr(), device.stream));
-  return gradients();
+  return attention_gradients(dqkv, needed);
 }
 
 std::string cuda_problem() {
@@ -893,13 +1029,6 @@ FASTBERT_NAMED(STABLE_TORCH_LIBRARY, FASTBERT_LIBRARY, m) {
 
 FASTBERT_NAMED(STABLE_TORCH_LIBRARY_FRAGMENT, FASTBERT_LIBRARY, m) {
   m.def("cuda_problem() -> str");
-  m.def(
-      "attention(Tensor qkv, Tensor cu_seqlens, int max_seqlen, float scale, Tensor? keep_bits=None, float p=0.0,"
-      " Tensor? order=None, int[] classes=[], Tensor? bias=None) -> (Tensor out, Tensor lse)");
-  m.def(
-      "attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, int max_seqlen,"
-      " float scale, Tensor? keep_bits, float p, Tensor? order, int[] classes, bool[] needed)"
-      " -> (Tensor dqkv, Tensor dbias)");
   m.def("pad(Tensor x, Tensor indices, int batch, int length) -> Tensor out");
   m.def("pad_backward(Tensor grad, Tensor indices) -> Tensor dx");
   m.def(

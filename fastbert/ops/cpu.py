@@ -43,11 +43,21 @@ def add_layer_norm_backward_reasons(
     return add_layer_norm_reasons(x, bias, residual, gamma, gamma) + cuda.same_reasons(residual=residual, grad=grad)
 
 
+def attention_reasons(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, *rest: Any) -> list[str]:
+    reasons = cuda.dtype_reasons(qkv=qkv) + ([] if qkv.shape[3] >= 1 else ["head_dim is 0"])
+    return reasons if scale > 0 else [*reasons, f"scale {scale} is not over 0"]
+
+
+def attention_backward_reasons(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> list[str]:
+    return attention_reasons(qkv, *rest) + cuda.same_reasons(qkv=qkv, grad=grad, out=out)
+
+
 REASONS: dict[str, Callable[..., list[str]]] = {
     reasons.__name__.removesuffix("_reasons"): reasons
     for reasons in (
         cuda.unpad_reasons, embed_layer_norm_reasons, embed_layer_norm_backward_reasons, add_layer_norm_reasons,
-        add_layer_norm_backward_reasons,
+        add_layer_norm_backward_reasons, attention_reasons,
+        attention_backward_reasons,
     )
 }  # fmt: skip
 

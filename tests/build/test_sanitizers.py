@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 SHARED = "-fsanitize-sections=emulated_shared"  # watches the emulator's __shared__ arrays too
 NATIVE, EMULATED = "tests/build/test_*_native.py", "tests/build/test_unpad_emulated.py"
-ON_CPU = ("add_layer_norm", "embed_layer_norm")  # by tests/ops, beside those with a file in NATIVE
+ON_CPU = ("add_layer_norm", "attention", "embed_layer_norm")  # by tests/ops, beside those with a file in NATIVE
 ON_GPU = (
     "add_layer_norm", "attention", "bias_gelu", "dropout_bits", "embed_layer_norm", "feed_forward", "pad", "unpad",
 )  # fmt: skip
@@ -125,7 +125,7 @@ def test_no_error_is_found_in_the_vector_code(
 ) -> None:
     """By every instruction set, and by what tests/ops asks of every backend."""
     build(tree, setup_py, compiler)
-    files = ["tests/ops/test_isas.py", *(f"tests/ops/test_{op}.py" for op in ON_CPU)]
+    files = ["tests/ops/test_isas.py", "tests/ops/test_attention_cpu.py", *(f"tests/ops/test_{op}.py" for op in ON_CPU)]
     passed, said = run_tests(tree, plainly_emulated, *files, chosen="isas or (cpu and not opcheck)")
     assert passed, said
     assert re.search(r"\b\d\d\d passed", said), said
