@@ -161,6 +161,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def stream_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the residual stream: on a CPU float32 for 16-bit models too, which costs little there."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype.itemsize == 2 else x.dtype
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """The seed of this forward's dropout, [] int64 on the device, from torch's generator."""
     limits = torch.iinfo(torch.int64)
@@ -187,7 +192,7 @@ def run(model: Any, structure: Structure, cache: MatrixCache, inputs: dict[str, 
     dropouts = [read_dropout(modules) for modules in structure.layers]
     seed = draw_seed(packing.cu_seqlens.device) if p or any(dropouts) else None
     x = embed(model, inputs, packing, p, seed)
-    stream, dtype = x.dtype, compute_dtype(x)
+    stream, dtype = stream_dtype(x), compute_dtype(x)
     x = project(model, cache, x, dtype)
     wanted = wanted_hidden_states(model, inputs) or set()
     asked = bool(inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)))

@@ -334,7 +334,7 @@ def test_explain_says_what_runs_where():
     text = str(fastbert.explain(model))
     assert "bert (BertModel): fast path" in text
     assert "1 forward so far: fast" in text and "packed copies of weights" in text
-    assert "\n  attention: torch" in text and "\n  unpad: cpu" in text
+    assert "\n  attention: cpu" in text and "\n  unpad: cpu" in text and "\n  linear: torch" in text
     with fastbert.use_backend("reference"):
         assert "\n  attention: reference" in str(fastbert.explain(model))
 
