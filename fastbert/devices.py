@@ -7,18 +7,21 @@ import platform
 
 import torch
 
+from fastbert import native
+
 OLDEST = (7, 5)  # compute capability of the oldest card that kernels are compiled for
 OTHERS = {"mps": "mps (an Apple GPU)", "xpu": "xpu (an Intel GPU)", "meta": "meta (shapes without values)"}
 
 
 @functools.cache
 def card(device: torch.device) -> str:
-    """What a proof on a device, with its index, is about: "NVIDIA H200 (sm_90)", "x86_64 CPU (AVX512)".
+    """What a proof on a device, with its index, is about: "NVIDIA H200 (sm_90)", "x86_64 CPU (avx512_bf16)".
 
     The device itself, where torch cannot say more. Never raises.
     """
     if device.type == "cpu":
-        return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
+        isa = native.isa() if native.load().available else torch.backends.cpu.get_cpu_capability()
+        return f"{platform.machine()} CPU ({isa})"
     try:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
