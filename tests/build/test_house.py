@@ -27,12 +27,12 @@ LEVELS = [
         "fastbert.ops.self_check",
         "fastbert.ops.sample_calls",
     ],
+    ["fastbert.devices"],
     ["fastbert.ops.reference", "fastbert.native"],
     [
         "fastbert.ops.dropout",
         "fastbert.ops.packed",
         "fastbert.torch_private",
-        "fastbert.devices",
         "fastbert.dtypes",
         "fastbert.once",
         "fastbert.parity",
