@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import fastbert
-from fastbert import devices, doctor, ops, report
+from fastbert import devices, doctor, native, ops, report
 from fastbert.ops import samples
 from tests.models.small import batch, config, reasons, stock
 
@@ -110,9 +110,18 @@ def test_a_card_that_nobody_can_ask_is_the_device(device):
 
 
 def test_the_card_of_a_cpu_names_its_vector_code():
-    card = devices.card(torch.device("cpu"))
-    assert card.endswith(f" CPU ({torch.backends.cpu.get_cpu_capability()})")
     assert devices.refusals(torch.device("cpu")) == ()
+    card = devices.card.__wrapped__  # without what is kept of earlier calls
+    if not native.load().available:
+        assert card(torch.device("cpu")).endswith(f" CPU ({torch.backends.cpu.get_cpu_capability()})")
+        return
+    best = native.isa()
+    assert card(torch.device("cpu")).endswith(f" CPU ({best})")
+    try:
+        native.limit_isa("baseline")  # whose kernels are others, so another proof
+        assert card(torch.device("cpu")).endswith(" CPU (baseline)")
+    finally:
+        native.limit_isa(best)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
