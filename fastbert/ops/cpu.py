@@ -56,8 +56,7 @@ REASONS: dict[str, Callable[..., list[str]]] = {
     reasons.__name__.removesuffix("_reasons"): reasons
     for reasons in (
         cuda.unpad_reasons, embed_layer_norm_reasons, embed_layer_norm_backward_reasons, add_layer_norm_reasons,
-        add_layer_norm_backward_reasons, attention_reasons,
-        attention_backward_reasons,
+        add_layer_norm_backward_reasons, attention_reasons, attention_backward_reasons,
     )
 }  # fmt: skip
 

@@ -339,6 +339,23 @@ def test_explain_says_what_runs_where():
         assert "\n  attention: reference" in str(fastbert.explain(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_residual_stream_is_float32_on_a_cpu(dtype, monkeypatch):
+    """Products in the model's dtype; what is added to them, and what LayerNorm makes of it, in float32."""
+    _, model = pair("BertModel", "bert")
+    found, stock_op = set(), ops.add_layer_norm
+
+    def seen(x, bias, residual, *rest):
+        outputs = stock_op(x, bias, residual, *rest)
+        found.add((x.dtype, residual.dtype, outputs[0].dtype))
+        return outputs
+
+    monkeypatch.setattr(ops, "add_layer_norm", seen)
+    output = model.to(dtype)(**batch("bert"), output_hidden_states=True)
+    assert found == {(dtype, torch.float32, torch.float32)}
+    assert {x.dtype for x in (output.last_hidden_state, *output.hidden_states)} == {dtype}
+
+
 def test_backends_agree_on_a_whole_model(monkeypatch):
     monkeypatch.setattr(native, "_emulated", "")  # as where no other test has loaded the emulated CUDA kernels
     expected, model = pair("BertModel", "bert")

@@ -39,6 +39,13 @@ def trunk(name):
     return build({**CONFIGS, **LARGER}[name])
 
 
+def headed(name, head, layers):
+    """A config's model with a head, whose weights do not depend on which tests ran before, and made the trunk."""
+    base = trunk(name)
+    torch.manual_seed(0)
+    return with_head(base, head, layers)
+
+
 def compare_head(model, lengths, dtype):
     """Every output of a model with a head on a ragged batch, and its loss."""
     inputs = head_inputs(model, lengths)
@@ -86,8 +93,7 @@ def test_every_hidden_state(name, dtype, parity):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "head"), PAIRS)
 def test_every_head(name, head, dtype, parity):
-    torch.manual_seed(0)
-    model = with_head(trunk(name), head, HEAD_LAYERS)
+    model = headed(name, head, HEAD_LAYERS)
     lengths = next(lengths for suffix, lengths in LENGTHS_OF.items() if head.endswith(suffix))
     assert_head_parity(model, lengths, dtype, parity, head)
 
@@ -104,7 +110,6 @@ def test_every_head_of_every_family(family, head, dtype, parity):
 @pytest.mark.parametrize(("name", "head"), PAIRS + LARGER_PAIRS)
 def test_every_head_at_full_depth(name, head, dtype, parity):
     """The whole product: every layer below every head, every length. About half an hour on two cores."""
-    torch.manual_seed(0)
-    model = with_head(trunk(name), head, trunk(name).config.num_hidden_layers)
+    model = headed(name, head, trunk(name).config.num_hidden_layers)
     lengths = next(lengths for suffix, lengths in LENGTHS_OF.items() if head.endswith(suffix))
     assert_head_parity(model, (512, 511, *lengths, 128, 127), dtype, parity, f"{head}, full depth")
