@@ -98,7 +98,7 @@ def test_no_error_is_found_in_the_cuda_kernels(tree: Path, environment: dict[str
     files = [f"tests/ops/test_{op}.py" for op in ON_GPU]
     passed, said = run_tests(tree, environment, *files, chosen="cuda and not opcheck")
     assert passed, said
-    assert re.search(r"\b\d\d\d passed", said), said
+    assert re.search(r"\b\d{3,} passed", said), said
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_no_error_is_found_in_the_vector_code(
     files = ["tests/ops/test_isas.py", "tests/ops/test_attention_cpu.py", *(f"tests/ops/test_{op}.py" for op in ON_CPU)]
     passed, said = run_tests(tree, plainly_emulated, *files, chosen="isas or (cpu and not opcheck)")
     assert passed, said
-    assert re.search(r"\b\d\d\d passed", said), said
+    assert re.search(r"\b\d{3,} passed", said), said
 
 
 def test_every_op_of_the_library_has_tests_here() -> None:
