@@ -1,7 +1,7 @@
 """`make test-compat`: one wheel beside old and new Pythons, torches and transformers, judged by the drop-in tests.
 
 `make test-abi` (`nox -- ARGUMENTS OF PYTEST`) runs others in the same rows: every op by its CUDA kernels, emulated by
-one library of csrc/ops.cpp that was built beside another torch than the rows'.
+one library of csrc/ops_cuda.cpp that was built beside another torch than the rows'.
 
 A row is an environment in .cache/nox, kept for the next time. Tests run from a copy, so that fastbert is the wheel's.
 """

@@ -146,7 +146,7 @@ def digests() -> dict[str, str]:
     proven = module_from_spec(spec)
     spec.loader.exec_module(proven)
     kernels = [(path.stem, path.parent.name) for path in [*CSRC.glob("cpu/*.cpp"), *CSRC.glob("cuda/*.cu")]]
-    kernels = sorted([*kernels, *((name, "cuda") for name in proven.MADE_OF)])
+    kernels = sorted([*kernels, *((name, part) for part in proven.MADE_OF for name in proven.MADE_OF[part])])
     return {proven.built_name(*kernel): proven.digest(*kernel) for kernel in kernels}
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops, parity
+from fastbert.ops.packed import from_panels
 from fastbert.ops.sample_calls import outputs
 
 if TYPE_CHECKING:
@@ -195,12 +196,27 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tens
     return F.gelu(x if bias is None else x + bias, approximate=approximate)
 
 
+def encoder_forward(
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
+    approximate: str = "none",
+) -> Tensor:  # fmt: skip
+    """BertEncoder: BertLayer after BertLayer."""
+    for start in range(0, len(tensors), ops.LAYER_TENSORS):
+        layer = tensors[start : start + ops.LAYER_TENSORS]
+        qkv, out, first, second = ((layer[place], layer[place + 3]) for place in (0, 4, 10, 14))
+        rows = F.linear(x, *qkv).view(len(x), 3, heads, -1)
+        context = attention(rows, cu_seqlens, max_seqlen, scale).flatten(1)
+        h = add_layer_norm(F.linear(context, *out), None, x, layer[8], layer[9], eps)
+        x = add_layer_norm(feed_forward(h, *first, *second, approximate), None, h, layer[18], layer[19], eps)
+    return x
+
+
 # What stock models compute, for timings; with every output of the op, for parity.
 ALL: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
-        bias_gelu,
+        bias_gelu, encoder_forward,
     )
 }  # fmt: skip
 EVERY_OUTPUT = ALL | {
@@ -218,13 +234,37 @@ ELEMENTWISE = {
 
 
 def plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with packed weights unpacked."""
-    return tuple(a.to_dense() if isinstance(a, ops.PackedWeight) else a for a in arguments)
+    """The arguments with packed weights unpacked, those of layers too."""
+    return tuple(
+        a.to_dense()
+        if isinstance(a, ops.PackedWeight)
+        else plain_layers(a, arguments[0].shape[1])
+        if isinstance(a, list)
+        else a
+        for a in arguments
+    )
+
+
+def plain_layers(tensors: list[Tensor], hidden: int) -> list[Tensor]:
+    """The tensors of layers of encoder_forward with the weights taken out of their panels."""
+    found = list(tensors)
+    for start in range(0, len(found), ops.LAYER_TENSORS):
+        widths = {0: hidden, 4: found[start + 3].shape[0] // 3, 10: hidden, 14: found[start + 13].shape[0]}
+        for place, width in widths.items():
+            weight, rows = found[start + place], found[start + place + 3].shape[0]
+            found[start + place] = weight if weight.dim() == 2 else from_panels(weight, (rows, width))
+    return found
 
 
 def double(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with floating tensors in float64."""
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in plain(arguments))
+
+    def wide(a: Any) -> Any:
+        if isinstance(a, list):
+            return [wide(one) for one in a]
+        return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+
+    return tuple(wide(a) for a in plain(arguments))
 
 
 def differentiated(op: ops.Op, arguments: Sequence[Any]) -> tuple[int, ...]:

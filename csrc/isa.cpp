@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fastbert::cpu {
 namespace {
@@ -33,6 +36,15 @@ Isa best() {
 Isa isa() {
   static const Isa found = best();
   return std::min(found, limit.load(std::memory_order_relaxed));
+}
+
+bool has_amx() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 24 & 1) != 0;
+#else
+  return false;
+#endif
 }
 
 void limit_isa(Isa most) { limit.store(most, std::memory_order_relaxed); }

@@ -11,6 +11,9 @@ Isa isa();
 
 void limit_isa(Isa most);
 
+// Whether the CPU has matrix units (AMX), which nothing here uses.
+bool has_amx();
+
 }  // namespace fastbert::cpu
 
 #ifdef FASTBERT_AVX2

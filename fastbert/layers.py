@@ -178,8 +178,15 @@ def layer(x: Tensor, weights: LayerWeights, packing: Packing, dtype: torch.dtype
     seed: [] int64 on the device, what decides which elements are dropped; None: there is no dropout.
     """
     after_attention, after_feed_forward = (dropout(weights, p, seed) for p in (ATTENTION_OUTPUT, FEED_FORWARD_OUTPUT))
-    h = ops.add_layer_norm(attend(x.to(dtype), weights, packing, seed), None, x, *weights.norm1, *after_attention)[0]
-    return ops.add_layer_norm(feed_forward(h.to(dtype), weights), None, h, *weights.norm2, *after_feed_forward)[0]  # type: ignore[no-any-return]
+    norm1, norm2 = (in_dtype(norm, x.dtype) for norm in (weights.norm1, weights.norm2))
+    h = ops.add_layer_norm(attend(x.to(dtype), weights, packing, seed), None, x, *norm1, *after_attention)[0]
+    return ops.add_layer_norm(feed_forward(h.to(dtype), weights), None, h, *norm2, *after_feed_forward)[0]  # type: ignore[no-any-return]
+
+
+def in_dtype(norm: tuple[Tensor, Tensor, float], dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """gamma and beta in the dtype of what is normalized: kernels take no two."""
+    gamma, beta, eps = norm
+    return (gamma, beta, eps) if gamma.dtype == dtype else (gamma.to(dtype), beta.to(dtype), eps)
 
 
 def dropout(weights: LayerWeights, place: int, seed: Tensor | None) -> tuple[Any, ...]:

@@ -66,6 +66,12 @@ def isa() -> str:
 
 
 @cache
+def has_amx() -> bool:
+    """Whether the CPU has AMX, matrix units that the library has no code for."""
+    return bool(torch.ops.fastbert_native.has_amx())
+
+
+@cache
 def _cuda_problem() -> str:
     """Why the CUDA kernels cannot run on the current card with its driver; "" when they can."""
     return str(torch.ops.fastbert_native.cuda_problem())
@@ -84,6 +90,13 @@ def refuse(device_type: str) -> list[str]:
         return [f"the native library has no CUDA kernels: {native.cuda_reason}"]
     problem = _cuda_problem()
     return [f"the native library's CUDA kernels do not run here: {problem}"] if problem else []
+
+
+def same_values(ours: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors on a CPU, 1-D or 2-D, are equal in pairs; a NaN is equal to itself where the library is."""
+    if load().available:
+        return bool(torch.ops.fastbert_native.same_values(ours, others))
+    return all(map(torch.equal, ours, others))
 
 
 _emulated = ""  # the name of the library of emulated CUDA kernels that is loaded

@@ -16,8 +16,15 @@ from typing import Any, TypedDict
 
 PACKAGE = Path(__file__).resolve().parent
 RECORDS = PACKAGE / "proven.json"
-# Kernels of the native library that are made of another one's files: products of torch's library around it.
-MADE_OF = {"linear_gelu": "bias_gelu", "feed_forward": "bias_gelu"}
+# Kernels of the native library that are made of others' files; on CUDA with products of torch's library around them.
+MADE_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "cuda": {"linear_gelu": ("bias_gelu",), "feed_forward": ("bias_gelu",)},
+    "cpu": {
+        "linear_gelu": ("linear",),
+        "feed_forward": ("linear",),
+        "encoder_forward": ("linear", "attention", "add_layer_norm"),
+    },
+}
 OWN = frozenset({"cpu", "cuda", "triton"})  # the backends whose kernels are ours, not PyTorch's
 
 
@@ -106,11 +113,11 @@ def sources(kernel: str, backend: str) -> list[Path]:
         inside = PACKAGE / "kernels"
         return with_imports((inside if inside.is_dir() else PACKAGE.parent / "kernels") / f"{name}.py")
     csrc = PACKAGE.parent / "csrc"
-    if not (csrc / "ops.cpp").is_file():
+    if not (csrc / "ops_cpu.cpp").is_file():
         return []
     own = csrc / backend
-    made = MADE_OF.get(name, name)
-    mine = [*own.glob(f"{made}.*"), *own.glob(f"{made}_backward.*")]
+    made = MADE_OF[backend].get(name, (name,))
+    mine = [path for one in made for path in (*own.glob(f"{one}.*"), *own.glob(f"{one}_backward.*"))]
     return sorted({*csrc.glob("*.*"), *own.glob("*.h"), *own.glob("*.cuh"), *mine})
 
 

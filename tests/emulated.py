@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/ops.cpp and csrc/cuda/ unchanged, compiled over emulator/cuda_runtime.h."""
+"""The CUDA kernels on the CPU: csrc/ops_cuda.cpp and csrc/cuda/ unchanged, compiled over emulator/cuda_runtime.h."""
 
 from __future__ import annotations
 

@@ -19,7 +19,16 @@ from fastbert.layers import Packing
 from fastbert.models.families import tables_of
 from fastbert.models.inputs import add_faults, call_reasons, family_of, first_position, wanted_hidden_states
 from fastbert.models.structure import LayerModules, Structure, at, examine, model_reasons
-from fastbert.models.weights import MatrixCache, rate, read_dropout, read_layer, read_product, wants_graph
+from fastbert.models.weights import (
+    MatrixCache,
+    Stack,
+    rate,
+    read_dropout,
+    read_layer,
+    read_product,
+    read_stack,
+    wants_graph,
+)
 
 logger = logging.getLogger("fastbert")
 
@@ -178,12 +187,19 @@ def run_layer(
 ) -> Tensor:  # fmt: skip
     """x [T, H] → the output [T, H] of one layer; under gradient checkpointing computed again in the backward."""
 
+    graph = wants_graph(x, (*modules.linears(), *modules.norms()))  # not inside, where checkpoints turn it off
+
     def compute(x: Tensor) -> Tensor:
-        graph = wants_graph(x, (*modules.linears(), *modules.norms()))
         return layers.layer(x, read_layer(modules, index, cache, dtype, dropout, graph), packing, dtype, seed)
 
     checkpoint = hf.checkpointing_of(modules.layer) if torch.is_grad_enabled() else None
     return compute(x) if checkpoint is None else checkpoint(compute, x)
+
+
+def stack_of(structure: Structure, cache: MatrixCache, x: Tensor, dtype: torch.dtype) -> Stack | None:
+    """All layers for one call; None: they run one by one, as where gradients flow through them."""
+    modules = (m for layer in structure.layers for m in (*layer.linears(), *layer.norms()))
+    return None if not structure.layers or wants_graph(x, modules) else read_stack(structure.layers, cache, dtype)
 
 
 def run(model: Any, structure: Structure, cache: MatrixCache, inputs: dict[str, Any], packing: Packing) -> Any:
@@ -198,12 +214,17 @@ def run(model: Any, structure: Structure, cache: MatrixCache, inputs: dict[str, 
     asked = bool(inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)))
     # Under autocast a projection gives the low dtype, and on a CPU HuggingFace's LayerNorms keep what they are given.
     given = x.dtype if x.device.type == "cpu" else stream
-    x, hidden = x.to(stream), list[Tensor | None]()
+    x, hidden, count = x.to(stream), list[Tensor | None](), len(structure.layers)
+    stack = None if seed is not None else stack_of(structure, cache, x, dtype)
     for i, modules in enumerate(structure.layers):
         hidden.append(handed := packing.unpack(x.to(given)) if i in wanted else None)
         if handed is not None and handed.requires_grad:
             x = packing.pack(handed).to(stream)  # whoever changes its gradient changes the model's
-        x = run_layer(modules, i, cache, x, packing, dtype, dropouts[i], seed)
+        if stack is None:
+            x = run_layer(modules, i, cache, x, packing, dtype, dropouts[i], seed)
+        elif i == 0 or i in wanted:  # up to the next layer whose input is wanted
+            end = next((j for j in range(i + 1, count) if j in wanted), count)
+            x = ops.encoder_forward(x, packing.cu_seqlens, packing.max_seqlen, *stack.of_layers(i, end))
     last = packing.unpack(x.to(given))
     hidden.append(last if len(structure.layers) in wanted else None)
     return build_output(model, last, tuple(hidden) if asked else None)

@@ -7,30 +7,51 @@ values, because edits through `.data` (LoRA merges), numpy views and shared memo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fastbert import hf, ops, torch_private
+from fastbert import hf, native, ops, torch_private
 from fastbert.layers import LayerWeights, Product
 from fastbert.models.structure import LayerModules
-from fastbert.ops import PackedWeight
+from fastbert.ops import PackedWeight, PanelWeight
 from fastbert.torch_private import own_parameters, parameter
 
 SAMPLES = 512
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """All layers as `ops.encoder_forward` takes them, after x, cu_seqlens and max_seqlen.
+
+    Args:
+        tensors: as in ops/encoder.py, `ops.LAYER_TENSORS` a layer.
+    """
+
+    tensors: list[Tensor]
+    heads: int
+    scale: float
+    eps: float
+    approximate: str
+
+    def of_layers(self, first: int, last: int) -> tuple[list[Tensor], int, float, float, str]:
+        """The op's arguments for the layers first to last - 1."""
+        tensors = self.tensors[first * ops.LAYER_TENSORS : last * ops.LAYER_TENSORS]
+        return tensors, self.heads, self.scale, self.eps, self.approximate
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
-    """A matrix made from parameters, and what they were when it was made.
+    """A matrix, or a stack of layers, made from parameters, and what they were when it was made.
 
     `live` are views of samples of the parameters, `samples` what they held. The views keep the parameters' memory, so
     that its address is not given to others.
     """
 
-    tensor: Tensor | PackedWeight
+    tensor: Tensor | PackedWeight | list[Tensor]
     stamp: tuple[object, ...]
     samples: tuple[Tensor, ...]
     live: tuple[Tensor, ...]
@@ -50,36 +71,84 @@ class MatrixCache:
 
     def __init__(self) -> None:
         self.entries: dict[str, Prepared] = {}
+        self.stack: Prepared | None = None  # of all layers, made of `entries`
 
     def get(
         self, name: str, parameters: tuple[Tensor, ...], dtype: torch.dtype, graph: bool = False
     ) -> Tensor | PackedWeight:
-        """parameters [N_i, K] → their rows in one matrix [ΣN_i, K] of `dtype`, as the backend "torch" packs it.
+        """parameters [N_i, K] → their rows in one matrix [ΣN_i, K] of `dtype`, as its backend packs it.
 
         graph: gradients flow through the product; then it is the plain matrix, with the parameters in its graph.
         """
         if graph or not keeps_copies(parameters, dtype):
             self.entries.pop(name, None)
+            self.stack = None
             return joined(parameters, dtype)
-        stamp = (dtype, *[(p.data_ptr(), p.shape, p.stride(), torch_private.version(p)) for p in parameters])
+        return self.prepared(name, parameters, dtype).tensor  # type: ignore[return-value]  # only the stack is a list
+
+    def prepared(self, name: str, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Prepared:
+        """The entry of a matrix, made if there is none or the parameters have changed."""
+        stamp = stamp_of(parameters, dtype)
         entry = self.entries.get(name)
-        if entry is not None and entry.stamp == stamp and all(map(torch.equal, entry.samples, entry.live)):
-            return entry.tensor
+        if entry is not None and entry.stamp == stamp and native.same_values(entry.live, entry.samples):
+            return entry
         live = tuple(sample(p) for p in parameters)
         samples = tuple(view.clone() for view in live)  # before packing: another thread's edit meanwhile is seen later
         tensor = ops.pack_weight(joined(parameters, dtype))
-        self.entries[name] = Prepared(tensor, stamp, samples, live)
-        return tensor
+        entry = self.entries[name] = Prepared(tensor, stamp, samples, live)
+        return entry
+
+    def get_stack(self, layers: tuple[LayerModules, ...], dtype: torch.dtype) -> list[Tensor]:
+        """The tensors of `Stack`, of layers whose linears all have a weight that is packed in panels, and a bias."""
+        parameters = tuple(p for layer in layers for p in layer_parameters(layer))
+        stamp, entry = stamp_of(parameters, dtype), self.stack
+        if entry is not None and entry.stamp == stamp and native.same_values(entry.live, entry.samples):
+            return entry.tensor  # type: ignore[return-value]
+        tensors, copied, entries = list[Tensor](), list[Tensor](), list[Prepared]()
+        none = parameters[0].new_empty(0)
+        places = "qkv", "out", "first", "second"
+        for index, layer in enumerate(layers):
+            groups = (layer.query, layer.key, layer.value), (layer.out,), (layer.w1,), (layer.w2,)
+            products, norms = list[tuple[Tensor, ...]](), list[tuple[Tensor, ...]]()
+            for place, linears in zip(places, groups, strict=True):
+                weights = tuple(parameter(linear, "weight") for linear in linears)
+                entries.append(self.prepared(f"layer.{index}.{place}", weights, dtype))
+                weight = entries[-1].tensor
+                assert isinstance(weight, PanelWeight)
+                biases = tuple(parameter(linear, "bias") for linear in linears)
+                products.append((weight.panels, none, none, joined(biases, dtype).detach()))
+                copied += biases
+            for module in layer.norms():
+                gains = parameter(module, "weight"), parameter(module, "bias")
+                norms.append(tuple(gain.detach().float().contiguous() for gain in gains))
+                copied += gains
+            qkv, out, first, second = products
+            tensors += (*qkv, *out, *norms[0], *first, *second, *norms[1])
+        live = (*itertools.chain(*(e.live for e in entries)), *(p.detach() for p in copied))
+        samples = (*itertools.chain(*(e.samples for e in entries)), *(p.detach().clone() for p in copied))
+        self.stack = Prepared(tensors, stamp, samples, live)
+        return tensors
 
     def nbytes(self) -> int:
-        """Memory held by the copies, in bytes."""
-        return sum(entry.tensor.nbytes for entry in tuple(self.entries.values()))
+        """Memory held by the copies of matrices, in bytes."""
+        return sum(entry.tensor.nbytes for entry in tuple(self.entries.values()) if not isinstance(entry.tensor, list))
+
+
+def stamp_of(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
+    """What is looked at of parameters to see whether they have changed, and for what they are packed."""
+    looks = [(p.data_ptr(), p.shape, p.stride(), torch_private.version(p)) for p in parameters]
+    return (dtype, ops.packer(parameters[0].device, dtype), *looks)
+
+
+def layer_parameters(layer: LayerModules) -> list[Tensor]:
+    """The parameters of a layer's linears and LayerNorms."""
+    return [parameter(module, name) for module in (*layer.linears(), *layer.norms()) for name in ("weight", "bias")]
 
 
 def keeps_copies(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     """Whether packed copies are kept. Inference tensors have no version that would tell of a change."""
     first = parameters[0]
-    packs = ops.packs(first.device.type, dtype) and first.numel() > 0
+    packs = first.numel() > 0 and ops.packer(first.device, dtype) != ""
     return packs and not any(p.is_inference() for p in parameters)
 
 
@@ -134,15 +203,13 @@ def read_layer(
     modules: LayerModules, index: int, cache: MatrixCache, dtype: torch.dtype, dropout: tuple[float, ...], graph: bool
 ) -> LayerWeights:
     """The parameters of one layer as they are now, in the compute dtype; graph: as in `MatrixCache.get`."""
-    dim = int(modules.attention.attention_head_size)
-    scale = getattr(modules.attention, "scaling", dim**-0.5)
 
     def product(place: str, *linears: nn.Module) -> Product:
         return read_product(linears, f"layer.{index}.{place}", cache, dtype, graph)
 
     return LayerWeights(
-        heads=modules.query.out_features // dim,
-        scale=float(scale),
+        heads=heads_of(modules),
+        scale=scale_of(modules),
         approximate=hf.gelu_of(modules.activation) or "none",
         qkv=product("qkv", modules.query, modules.key, modules.value),
         out=product("out", modules.out),
@@ -154,3 +221,39 @@ def read_layer(
         index=index,
         save=graph,
     )
+
+
+def read_stack(layers: tuple[LayerModules, ...], cache: MatrixCache, dtype: torch.dtype) -> Stack | None:
+    """All layers as they are now; None: they must be run one by one.
+
+    They are one call where the weights are packed in panels, and all layers alike but for their parameters.
+    """
+    first = layers[0]
+    if not ops.encodes(parameter(first.norm1, "weight").device, dtype):
+        return None
+    for layer in layers:
+        linears = layer.linears()
+        if any(type(linear) is not nn.Linear or parameter(linear, "bias") is None for linear in linears):
+            return None
+        if not keeps_copies(tuple(parameter(linear, "weight") for linear in linears), dtype):
+            return None
+    settings = settings_of(first)
+    if settings is None or any(settings_of(layer) != settings for layer in layers):
+        return None
+    return Stack(cache.get_stack(layers, dtype), *settings)
+
+
+def settings_of(layer: LayerModules) -> tuple[int, float, float, str] | None:
+    """heads, scale, eps and approximate of a layer; None: its LayerNorms differ in eps."""
+    if layer.norm1.eps != layer.norm2.eps:
+        return None
+    return heads_of(layer), scale_of(layer), layer.norm1.eps, hf.gelu_of(layer.activation) or "none"
+
+
+def heads_of(layer: LayerModules) -> int:
+    return int(layer.query.out_features // layer.attention.attention_head_size)
+
+
+def scale_of(layer: LayerModules) -> float:
+    """What the scores are multiplied with."""
+    return float(getattr(layer.attention, "scaling", int(layer.attention.attention_head_size) ** -0.5))

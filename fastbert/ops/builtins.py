@@ -7,6 +7,7 @@ where `torch_private` finds them; elsewhere by the plain built-ins.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -23,7 +24,8 @@ from fastbert.ops.dropout import (
     keep_scale,
     kept,
 )
-from fastbert.ops.packed import PackedWeight
+from fastbert.ops.encoder import encode
+from fastbert.ops.packed import OneDNNWeight, PackedWeight
 from fastbert.ops.reference import keep_mask, only, statistics_dtype
 
 SUMMED_COLUMNS = 192  # oneDNN adds products one after the other: over more of them fp32 is less exact than MKL
@@ -350,7 +352,7 @@ def packs(device: str, dtype: torch.dtype) -> bool:
 
 
 def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
-    """weight [N, K] as this backend multiplies fastest with it: a packed copy on a CPU, else itself.
+    """weight [N, K] as this backend multiplies fastest with it: oneDNN's packed copy on a CPU, else itself.
 
     In fp32 the copy is split into ranges of at most SUMMED_COLUMNS columns. A weight of fewer than NARROW rows is not
     packed: oneDNN's kernels for so few columns of a product are less exact.
@@ -361,7 +363,7 @@ def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
     count = -(-columns // SUMMED_COLUMNS) if weight.dtype == torch.float32 else 1
     width = -(-columns // count // 16) * 16  # [N, width]
     parts = tuple(private.pack_linear_weight(part) for part in torch.split(weight, width, 1))
-    return PackedWeight(parts, weight.detach() if isinstance(weight, torch.nn.Parameter) else None)
+    return OneDNNWeight(parts, weight.detach() if isinstance(weight, torch.nn.Parameter) else None)
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, columns: int) -> Tensor:
@@ -374,12 +376,12 @@ def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, columns: int) -> Te
 
 def is_summed(weight: Tensor | PackedWeight) -> bool:
     """Whether products with this weight are sums of several products."""
-    return isinstance(weight, PackedWeight) and len(weight.parts) > 1
+    return isinstance(weight, OneDNNWeight) and len(weight.parts) > 1
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, PackedWeight):
-        return F.linear(x, weight, bias)
+    if not isinstance(weight, OneDNNWeight):
+        return F.linear(x, plain(weight), bias)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     if is_summed(weight) and x.shape[0] > BLOCK_ROWS:
@@ -391,7 +393,14 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
     return sum_of_parts(x, weight, None if bias is None else bias.contiguous())
 
 
-def sum_of_parts(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def plain(weight: Tensor | PackedWeight) -> Tensor:
+    """A weight that is not packed, or that another backend packed, as it was."""
+    if not isinstance(weight, PackedWeight):
+        return weight
+    return weight.to_dense() if weight.plain is None else weight.plain
+
+
+def sum_of_parts(x: Tensor, weight: OneDNNWeight, bias: Tensor | None) -> Tensor:
     """x [T, K] → x·weightᵀ + bias [T, N], the parts' products added from left to right."""
     pieces = torch.split(x, weight.parts[0].shape[1], 1)
     y = private.packed_linear(pieces[0], weight.parts[0], bias)
@@ -400,7 +409,7 @@ def sum_of_parts(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor
     return y
 
 
-def linear_of_few_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+def linear_of_few_rows(x: Tensor, weight: OneDNNWeight, bias: Tensor | None) -> Tensor:
     """x [T, K] → x·weightᵀ + bias [T, N], from products over stripes of columns, added up in float64.
 
     Each stripe stands in a row of its own, zero elsewhere: one product reads the weight once.
@@ -426,7 +435,7 @@ def linear_gelu(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, approximate: str = "none", save: bool = False
 ) -> tuple[Tensor, Tensor]:
     empty = x.new_empty(0)
-    parts = weight.parts if isinstance(weight, PackedWeight) else ()
+    parts = weight.parts if isinstance(weight, OneDNNWeight) else ()
     if len(parts) == 1 and approximate == "none" and x.shape[0] > FEW_ROWS and not save:
         bias = None if bias is None else bias.contiguous()
         return private.packed_linear_gelu(x, parts[0], bias), empty
@@ -479,3 +488,12 @@ def feed_forward_backward(
         return dinner, x.new_empty(0), x.new_empty(0), dw2, db2
     dx, dw1, db1 = linear_gelu_backward(dinner, x, w1, b1, pre, approximate, needed[:3])
     return dx, dw1, db1, dw2, db2
+
+
+def encoder_forward(
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
+    approximate: str = "none",
+) -> Tensor:  # fmt: skip
+    by = sys.modules[__name__]
+    arguments = cu_seqlens, max_seqlen, tensors, heads, scale, eps, approximate
+    return encode(by, tensors[3].dtype, x.to(statistics_dtype(x)), *arguments).to(x.dtype)

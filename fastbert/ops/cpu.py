@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import native
 from fastbert.ops import cuda
+from fastbert.ops.encoder import NORMS, TENSORS
+from fastbert.ops.packed import PackedWeight, PanelWeight, panels_of
 from fastbert.ops.registry import Backend
 
+TAKES = "it takes float32, float16 and bfloat16"
 OUTSIDE = "index out of range in self"  # as torch.nn.functional.embedding says it
 
 
@@ -52,13 +56,118 @@ def attention_backward_reasons(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tens
     return attention_reasons(qkv, *rest) + cuda.same_reasons(qkv=qkv, grad=grad, out=out)
 
 
+def pack_reasons(dtype: torch.dtype) -> list[str]:
+    """In words, why weights of a dtype are not packed for the library's products."""
+    reasons = native.refuse("cpu") + ([] if dtype in cuda.FLOATS else [f"weights are {dtype}: {TAKES}"])
+    if reasons:
+        return reasons
+    if native.isa() == "baseline":
+        return ["without AVX2 its products are slower than oneDNN's"]
+    if dtype == torch.bfloat16 and native.has_amx():
+        return ["this CPU has AMX, which oneDNN's products of bfloat16 use and the library's do not"]
+    return []
+
+
+def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
+    """weight [N, K] in panels; float16, of which CPUs have no products, in float32. An empty one stays as it is.
+
+    And one of a dtype that the products do not take, which say so.
+    """
+    if weight.numel() == 0 or weight.dtype not in cuda.FLOATS:
+        return weight.detach()
+    wide = weight.detach().to(torch.float32 if weight.dtype == torch.float16 else weight.dtype)
+    kept = weight.detach() if isinstance(weight, torch.nn.Parameter) else None
+    return PanelWeight(panels_of(wide), weight.shape, weight.dtype, kept)
+
+
+def weight_reasons(**weights: Tensor | PackedWeight) -> list[str]:
+    return [
+        f"{name} is not packed for it (ops.pack_weight)"
+        for name, w in weights.items()
+        if not isinstance(w, PanelWeight)
+    ]
+
+
+def linear_reasons(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> list[str]:
+    return cuda.dtype_reasons(x=x) + cuda.same_reasons(x=x, bias=bias) + weight_reasons(weight=weight)
+
+
+def linear_gelu_reasons(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, approximate: str = "none", save: bool = False
+) -> list[str]:
+    return linear_reasons(x, weight, bias)
+
+
+def feed_forward_reasons(
+    x: Tensor, w1: Tensor | PackedWeight, b1: Tensor | None, w2: Tensor | PackedWeight, b2: Tensor | None,
+    approximate: str = "none", save: bool = False,
+) -> list[str]:  # fmt: skip
+    return cuda.dtype_reasons(x=x) + cuda.same_reasons(x=x, b1=b1, b2=b2) + weight_reasons(w1=w1, w2=w2)
+
+
+def linear(x: Tensor, weight: PanelWeight, bias: Tensor | None = None) -> Tensor:
+    return product(x, weight, bias, 0)
+
+
+def linear_gelu(
+    x: Tensor, weight: PanelWeight, bias: Tensor | None = None, approximate: str = "none", save: bool = False
+) -> tuple[Tensor, Tensor]:
+    if save:
+        pre = product(x, weight, bias, 0)
+        return F.gelu(pre, approximate=approximate), pre
+    return product(x, weight, bias, 2 if approximate == "tanh" else 1), x.new_empty(0)
+
+
+def product(x: Tensor, weight: PanelWeight, bias: Tensor | None, activation: int) -> Tensor:
+    """x [T, K] → x·weightᵀ + bias [T, N]; activation: csrc/linear.h's, 1 is erf GELU, 2 tanh's."""
+    native_op = torch.ops.fastbert_native.packed_linear
+    return native_op(x, [weight.panels], weight.shape[0], bias, activation)  # type: ignore[no-any-return]
+
+
+def feed_forward(
+    x: Tensor, w1: PanelWeight, b1: Tensor | None, w2: PanelWeight, b2: Tensor | None, approximate: str = "none",
+    save: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if save:
+        inner, pre = linear_gelu(x, w1, b1, approximate, save)
+        return product(inner, w2, b2, 0), pre
+    y = torch.ops.fastbert_native.packed_feed_forward(
+        x, [w1.panels], w1.shape[0], b1, [w2.panels], w2.shape[0], b2, approximate == "tanh"
+    )
+    return y, x.new_empty(0)
+
+
+def encoder_forward_reasons(
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
+    approximate: str = "none",
+) -> list[str]:  # fmt: skip
+    reasons = cuda.dtype_reasons(x=x, bias=tensors[3]) + ([] if scale > 0 else [f"scale {scale} is not over 0"])
+    if any(tensors[place].dim() != 4 for place in (0, 4, 10, 14)):
+        reasons.append("the weights are not packed for it (ops.pack_weight)")
+    return reasons
+
+
+def encoder_forward(
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
+    approximate: str = "none",
+) -> Tensor:  # fmt: skip
+    dim, intermediate = tensors[3].shape[0] // (3 * heads), tensors[13].shape[0]
+    if any(tensors[place].dtype != torch.float32 for place in NORMS):
+        tensors = [t.float() if i % TENSORS in NORMS else t for i, t in enumerate(tensors)]
+    arguments = cu_seqlens, tensors, heads, dim, intermediate, scale, eps, approximate == "tanh"
+    y = torch.ops.fastbert_native.encoder_forward(x.float(), *arguments)
+    return y.to(x.dtype)  # type: ignore[no-any-return]
+
+
 REASONS: dict[str, Callable[..., list[str]]] = {
     reasons.__name__.removesuffix("_reasons"): reasons
     for reasons in (
         cuda.unpad_reasons, embed_layer_norm_reasons, embed_layer_norm_backward_reasons, add_layer_norm_reasons,
-        add_layer_norm_backward_reasons, attention_reasons, attention_backward_reasons,
+        add_layer_norm_backward_reasons, attention_reasons, attention_backward_reasons, linear_reasons,
+        linear_gelu_reasons, feed_forward_reasons, encoder_forward_reasons,
     )
 }  # fmt: skip
+PRODUCTS: dict[str, Callable[..., Any]] = {"linear": linear, "linear_gelu": linear_gelu, "feed_forward": feed_forward}
 
 
 def cpu_backends(name: str) -> list[Backend]:
@@ -77,4 +186,8 @@ def cpu_backends(name: str) -> list[Backend]:
                 raise IndexError(OUTSIDE) from None
             raise
 
+    if name == "encoder_forward":
+        return [Backend("cpu", encoder_forward, refuse, devices=("cpu",))]
+    if name in PRODUCTS:
+        return [Backend("cpu", PRODUCTS[name], refuse, devices=("cpu",), pack=pack_weight)]
     return [Backend("cpu", run, refuse, devices=("cpu",))]

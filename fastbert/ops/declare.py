@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import builtins, reference
-from fastbert.ops.cpu import cpu_backends
+from fastbert.ops.cpu import PRODUCTS, cpu_backends
 from fastbert.ops.cuda import cuda_backends
+from fastbert.ops.encoder import TENSORS
 from fastbert.ops.kernels import triton_backend
 from fastbert.ops.packed import PackedWeight
 from fastbert.ops.reference import LENGTH_CLASSES, statistics_dtype
@@ -18,6 +19,7 @@ from fastbert.ops.registry import Backend, Gradient, Op
 
 # On GPUs Triton's kernels of these ops are tried before PyTorch's built-ins, those of the others behind. Unmeasured:
 # what is first spares memory traffic on paper; of the products nobody knows yet where they beat cuBLAS.
+WITHOUT_TRITON = ("encoder_forward",)
 TRITON_FIRST = ("embed_layer_norm", "dropout_bits", "attention", "add_layer_norm")
 
 
@@ -27,7 +29,10 @@ def declare(name: str, schema: str, fake: Any, check: Any, gradient: Gradient | 
     No CUDA kernel was measured yet: on a GPU one runs where it is asked for, or where all before it refuse.
     """
     op = Op(name, schema, fake, check, gradient)
-    usual = [Backend("torch", getattr(builtins, name)), triton_backend(name)]
+    pack = builtins.pack_weight if name in PRODUCTS else None
+    usual = [Backend("torch", getattr(builtins, name), pack=pack)]
+    if name not in WITHOUT_TRITON:
+        usual.append(triton_backend(name))
     if name.removesuffix("_backward") in TRITON_FIRST:
         usual.reverse()
     for backend in (*cpu_backends(name), *usual, *cuda_backends(name), Backend("reference", getattr(reference, name))):
@@ -553,8 +558,39 @@ bias_gelu = declare(
     Gradient(bias_gelu_backward, of=("x", "bias")),
 )
 
+# encoder_forward
+
+
+def check_encoder_forward(
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
+    approximate: str = "none",
+) -> list[str]:  # fmt: skip
+    reasons = shape_reasons(x=(x, (None, None)), cu_seqlens=(cu_seqlens, (None,))) + approximate_reasons(approximate)
+    if not tensors or len(tensors) % TENSORS:
+        reasons.append(f"there are {len(tensors)} tensors, expected {TENSORS} a layer")
+    if cu_seqlens.dtype != torch.int32:
+        reasons.append(f"cu_seqlens is {cu_seqlens.dtype}, expected int32")
+    return reasons
+
+
+def fake_encoder_forward(
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
+    approximate: str = "none",
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape)
+
+
+encoder_forward = declare(
+    "encoder_forward",
+    "(Tensor x, Tensor cu_seqlens, SymInt max_seqlen, Tensor[] tensors, int heads, float scale, float eps,"
+    ' str approximate="none") -> Tensor y',
+    fake_encoder_forward,
+    check_encoder_forward,
+)
+
 FORWARD: tuple[Op, ...] = (
     unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward, bias_gelu,
+    encoder_forward,
 )  # fmt: skip
 BACKWARD: tuple[Op, ...] = tuple(op.gradient.op for op in FORWARD if op.gradient is not None)
 ALL: tuple[Op, ...] = FORWARD + BACKWARD

@@ -7,12 +7,14 @@ of its gradients it returns those that are `needed`, and an empty tensor for eac
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastbert.ops.dropout import EMBEDDINGS, keep_bytes, keep_rows, keep_scale
+from fastbert.ops.encoder import encode
 from fastbert.ops.packed import PackedWeight
 
 LENGTH_CLASSES = (64, 128, 256, 512)  # the longest sequence of each class of lengths; a last class holds longer ones
@@ -289,3 +291,13 @@ def feed_forward_backward(
     dinner, dw2, db2 = linear_backward(up(grad), gelu(pre, approximate), up(w2), [True] * 3)
     dx, dw1, db1 = linear_gelu_backward(dinner, up(x), up(w1), None, pre, approximate, [True] * 3)
     return only(needed, *(g.to(x.dtype) for g in (dx, dw1, db1, dw2, db2)))
+
+
+def encoder_forward(
+    x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
+    approximate: str = "none",
+) -> Tensor:  # fmt: skip
+    """x [T, H] → [T, H] behind a stack of layers; tensors: of each layer as in `ops/encoder.py`."""
+    by = sys.modules[__name__]
+    arguments = cu_seqlens, max_seqlen, tensors, heads, scale, eps, approximate
+    return encode(by, torch.float64, up(x), *arguments).to(x.dtype)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastbert.ops import self_check
-from fastbert.ops.packed import PackedWeight
+from fastbert.ops.packed import Pack, PackedWeight
 from fastbert.proven import OWN
 
 NO_BACKWARD = "fastbert.ops.{} cannot be differentiated: {}"
@@ -42,6 +42,7 @@ class Backend:
         refuse: takes the op's arguments and returns all reasons, in words, why `run` cannot take them; None: never.
         devices: device types on which it is chosen by itself; empty: any.
         on_request: device types on which it runs only where `use_backend` names it.
+        pack: makes of a weight [N, K] what the backend multiplies fastest with; None: it takes plain weights.
         verdicts: of a kernel of ours, what is known of it: (dtype, device or card) → why it may not run; "": it may.
     """
 
@@ -50,6 +51,7 @@ class Backend:
     refuse: Callable[..., list[str]] | None = None
     devices: tuple[str, ...] = ()
     on_request: tuple[str, ...] = ()
+    pack: Pack | None = None
     verdicts: dict[tuple[torch.dtype, torch.device | str], str] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -143,7 +145,12 @@ class Op:
 
     def no_backward(self, *args: Any) -> None:
         """The backward of an op that has none."""
-        kind = "differentiate the op it belongs to" if self.name.endswith("_backward") else "its outputs are discrete"
+        if self.name.endswith("_backward"):
+            kind = "differentiate the op it belongs to"
+        elif self.name == "encoder_forward":
+            kind = "it is for inference; the ops of a layer can"
+        else:
+            kind = "its outputs are discrete"
         raise NotImplementedError(NO_BACKWARD.format(self.name, kind))
 
     def save_for_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -237,7 +244,10 @@ class Op:
 
     def doubt(self, backend: Backend, args: tuple[Any, ...]) -> str:
         """Why a kernel of ours may not run yet, or no more; "": it may. After its first use this is one look-up."""
-        dtype, device = self_check.dtype_of(args), args[0].device
+        return self.verdict(backend, self_check.dtype_of(args), args[0].device)
+
+    def verdict(self, backend: Backend, dtype: torch.dtype, device: torch.device) -> str:
+        """The same, in a dtype on a device."""
         known = backend.verdicts.get((dtype, device))
         return self_check.refusal(self, backend, dtype, device) if known is None else known
 
@@ -247,6 +257,13 @@ class Op:
             return reasons
         doubt = self.doubt(backend, args)
         return [doubt] if doubt else []
+
+    def packed(self, backend: Backend, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments with plain weights packed for a backend, if it packs them."""
+        pack, named = backend.pack, zip(self.arguments(), args, strict=False)  # trailing defaults may be left out
+        if pack is None:
+            return args
+        return tuple(pack(a) if name in WEIGHTS and isinstance(a, torch.Tensor) else a for name, a in named)
 
     def explain(self, *args: Any) -> str:
         """In words, why no candidate takes this call."""
@@ -272,6 +289,7 @@ def has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+WEIGHTS = ("weight", "w1", "w2")  # the arguments that may be packed
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
 BATCH_INVARIANT = ("batch-invariant",)  # stands in `_forced` for the choice of `use_batch_invariant`
 # The ops in which a library's choice of kernel, by the number of rows or sequences, may change the bits of a row.

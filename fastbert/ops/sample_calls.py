@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import reference
+from fastbert.ops.packed import NUMBERS, panels_of
 from fastbert.ops.reference import LENGTH_CLASSES
 
 if TYPE_CHECKING:
@@ -197,11 +198,28 @@ def bias_gelu(draw: Draw) -> Calls:
     yield "tanh, no bias", (x, None, "tanh")
 
 
+def encoder_forward(draw: Draw) -> Calls:
+    sizes, hidden, inner, none = draw.sizes, draw.sizes.hidden, draw.sizes.inner, torch.empty(0)
+    kind = torch.float32 if draw.dtype == torch.float16 else draw.dtype  # as the products' weights are packed
+
+    def product(n: int, k: int) -> tuple[Tensor, ...]:
+        weight, bias = draw.weight(n, k)
+        return panels_of(weight.to(kind)) if kind in NUMBERS else weight, none, none, bias
+
+    layer = (
+        *product(3 * hidden, hidden), *product(hidden, hidden), *draw.gains(), *product(inner, hidden),
+        *product(hidden, inner), *draw.gains(),
+    )  # fmt: skip
+    call = draw.rows(hidden), draw.bounds(), max(sizes.lengths), list(layer), sizes.heads, sizes.dim**-0.5, 1e-12
+    yield "a layer", (*call, "none")
+    yield "tanh", (*call, "tanh")
+
+
 MAKERS: dict[str, Callable[[Draw], Calls]] = {
     maker.__name__: maker
     for maker in (
         unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
-        bias_gelu,
+        bias_gelu, encoder_forward,
     )
 }  # fmt: skip
 
@@ -231,7 +249,13 @@ def exact_backward(op: Op, arguments: tuple[Any, ...], grad: Tensor) -> tuple[An
 
 def widened(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with floating tensors in float64."""
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+
+    def wide(a: Any) -> Any:
+        if isinstance(a, list):
+            return [wide(one) for one in a]
+        return a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+
+    return tuple(wide(a) for a in arguments)
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:

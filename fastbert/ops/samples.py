@@ -37,16 +37,17 @@ def op_backends(device: str, dtype: torch.dtype = torch.float32) -> dict[str, di
     if devices.refusals(place):
         return {}
 
-    def make() -> list[tuple[Any, ...]]:
-        return [typical(op, main_dtype(op, dtype), place) for op in ALL]
+    def make() -> list[dict[str, tuple[Any, ...]]]:
+        calls = ((op, typical(op, main_dtype(op, dtype), place)) for op in ALL)
+        return [{b.name: op.packed(b, call) for b in op.backends.values()} for op, call in calls]
 
     try:
         calls = self_check.apart(make)
     except self_check.NoThread:  # as where Python is shutting down
         calls = make()
     return {
-        op.name: {b.name: op.reasons(b, *call) for b in op.candidates(place.type)}
-        for op, call in zip(ALL, calls, strict=True)
+        op.name: {b.name: op.reasons(b, *by_backend[b.name]) for b in op.candidates(place.type)}
+        for op, by_backend in zip(ALL, calls, strict=True)
     }
 
 

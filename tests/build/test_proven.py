@@ -41,10 +41,10 @@ def test_the_readme_says_what_is_proven_where():
 def test_a_kernel_has_sources(kernel, backend):
     names = [path.name for path in proven.sources(kernel, backend)]
     kernel = kernel.removesuffix("_backward")
-    made_of = kernel if backend == "triton" else proven.MADE_OF.get(kernel, kernel)
-    assert any(name.startswith(f"{made_of}.") for name in names)
+    made_of = (kernel,) if backend == "triton" else proven.MADE_OF[backend].get(kernel, (kernel,))
+    assert all(any(name.startswith(f"{one}.") for name in names) for one in made_of)
     if backend != "triton":
-        assert "ops.cpp" in names
+        assert f"ops_{backend}.cpp" in names
 
 
 @pytest.mark.parametrize("suffix", ["cpp", "cu"])
@@ -56,7 +56,7 @@ def test_every_file_of_the_native_library_counts_for_a_kernel(suffix):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A small checkout, whose sources may be changed."""
-    for path in ("csrc/ops.cpp", "csrc/unpad.h", "csrc/cpu/unpad.cpp", "csrc/cpu/pad.cpp", "csrc/cuda/unpad.cu",
+    for path in ("csrc/ops_cpu.cpp", "csrc/unpad.h", "csrc/cpu/unpad.cpp", "csrc/cpu/pad.cpp", "csrc/cuda/unpad.cu",
                  "kernels/attention.py", "kernels/cards.py", "kernels/gelu.py", "fastbert/devices.py"):  # fmt: skip
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("from .cards import Card" if path == "kernels/attention.py" else path)
@@ -72,7 +72,7 @@ KERNELS = [("unpad", "cpu"), ("unpad", "cuda"), ("attention", "triton"), ("atten
 @pytest.mark.parametrize(
     ("path", "changes"),
     [
-        ("csrc/ops.cpp", [True, True, False, False]),
+        ("csrc/ops_cpu.cpp", [True, True, False, False]),
         ("csrc/unpad.h", [True, True, False, False]),
         ("csrc/cpu/unpad.cpp", [True, False, False, False]),
         ("csrc/cpu/pad.cpp", [False, False, False, False]),
@@ -109,7 +109,7 @@ def test_a_record_holds_for_what_was_built(kernel, checkout, built):
     """Whatever stands in csrc now, and where there is no csrc."""
     record = proven.Record(kernel=kernel, backend="cpu", sources=proven.digest(kernel, "cpu"))
     built(json.dumps({"sources": {"unpad cpu": record["sources"], "unpad cuda": "of another backend"}}))
-    for path in ("csrc/cpu/unpad.cpp", "csrc/ops.cpp"):
+    for path in ("csrc/cpu/unpad.cpp", "csrc/ops_cpu.cpp"):
         (checkout / path).unlink()
         proven.digest.cache_clear()
         assert proven.digest(kernel, "cpu") != record["sources"]

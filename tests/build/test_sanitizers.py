@@ -24,7 +24,10 @@ pytestmark = pytest.mark.slow
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 SHARED = "-fsanitize-sections=emulated_shared"  # watches the emulator's __shared__ arrays too
 NATIVE, EMULATED = "tests/build/test_*_native.py", "tests/build/test_unpad_emulated.py"
-ON_CPU = ("add_layer_norm", "attention", "embed_layer_norm")  # by tests/ops, beside those with a file in NATIVE
+# by tests/ops, beside those with a file in NATIVE
+ON_CPU = (
+    "add_layer_norm", "attention", "embed_layer_norm", "encoder_forward", "feed_forward", "linear", "linear_gelu",
+)  # fmt: skip
 ON_GPU = (
     "add_layer_norm", "attention", "bias_gelu", "dropout_bits", "embed_layer_norm", "feed_forward", "pad", "unpad",
 )  # fmt: skip
@@ -112,16 +115,19 @@ def test_no_error_is_found_in_the_vector_code(
 ) -> None:
     """By every instruction set, and by what tests/ops asks of every backend."""
     build(tree, setup_py, compiler)
-    files = ["tests/ops/test_isas.py", "tests/ops/test_attention_cpu.py", *(f"tests/ops/test_{op}.py" for op in ON_CPU)]
-    passed, said = run_tests(tree, plainly_emulated, *files, chosen="isas or (cpu and not opcheck)")
+    files = [f"tests/ops/test_{name}.py" for name in ("isas", "attention_cpu", "products_cpu", *ON_CPU)]
+    passed, said = run_tests(tree, plainly_emulated, *files, chosen="isas or products or (cpu and not opcheck)")
     assert passed, said
     assert re.search(r"\b\d{3,} passed", said), said
 
 
 def test_every_op_of_the_library_has_tests_here() -> None:
-    source = (ROOT / "csrc/ops.cpp").read_text()
-    on_cpu = source.partition("STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m)")[2].partition("}")[0]
-    ops = {op.removesuffix("_backward") for op in re.findall(r'm\.impl\("(\w+)"', on_cpu)}
+    ops = {"linear_gelu"}  # which is packed_linear
+    for name in ("ops_cpu", "ops_encoder"):
+        source = (ROOT / f"csrc/{name}.cpp").read_text()
+        on_cpu = source.partition("STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m)")[2].partition("}")[0]
+        found = re.findall(r'm\.impl\("(\w+)"', on_cpu)
+        ops |= {op.removeprefix("packed_").removesuffix("_backward") for op in found}
     assert ops > set(ON_CPU)
     for op in ops - set(ON_CPU):
         assert (ROOT / f"tests/build/test_{op}_native.py").is_file(), op
@@ -132,7 +138,7 @@ def test_every_op_of_the_library_has_tests_here() -> None:
 NATIVE_TESTS, EMULATED_TESTS = "tests/build/test_unpad_native.py", "tests/build/test_unpad_emulated.py"
 ALL_REAL = f"{NATIVE_TESTS}::test_cases[cpu-all real]"
 EMULATED_ALL_REAL = f"{EMULATED_TESTS}::test_cases[all real-first warp first]"
-CPU, OPS, CUDA = "csrc/cpu/unpad.cpp", "csrc/ops.cpp", "csrc/cuda/unpad.cu"
+CPU, OPS, TENSORS, CUDA = "csrc/cpu/unpad.cpp", "csrc/ops_cpu.cpp", "csrc/tensors.h", "csrc/cuda/unpad.cu"
 PLANTED = {  # file, what is right, what is wrong, the test that comes by it, what the sanitizer calls it
     "one element read beyond the heap": (
         CPU, "column < columns; ++column) length", "column <= columns; ++column) length",
@@ -151,11 +157,11 @@ PLANTED = {  # file, what is right, what is wrong, the test that comes by it, wh
         CPU, "int32_t length = 0;", "int32_t length = 2147483647;", ALL_REAL, "signed integer overflow",
     ),
     "signed overflow of the number of rows": (
-        OPS, 'check(tensor.size(0) <= kMaxInt32, "unpad: mask has more than 2147483647 rows");', "",
+        TENSORS, 'check(tensor.size(0) <= kMaxInt32, "unpad: mask has more than 2147483647 rows");', "",
         f"{NATIVE_TESTS}::test_refuses_strange_masks_in_words[as many rows as there are]", "signed integer overflow",
     ),
     "a stride that leads nowhere": (
-        OPS, "if (mask.columns > 1) mask.column_stride =", "mask.column_stride =",
+        TENSORS, "if (mask.columns > 1) mask.column_stride =", "mask.column_stride =",
         f"{NATIVE_TESTS}::test_takes_odd_masks[one element, any stride]", "signed integer overflow",
     ),
     "a load that must be aligned": (
@@ -188,6 +194,14 @@ IN_VECTOR_CODE = {
     ),
     "a task's memory as short as a row": (
         "csrc/rows.h", "kRowPadding = 64", "kRowPadding = 0", f"{WIDTHS}[baseline-torch.bfloat16-3]",
+    ),
+    "a product's memory as small as one tile's": (
+        "csrc/linear.h", "(tile > kBlockBytes ? tile : kBlockBytes)", "tile",
+        "tests/ops/test_products_cpu.py::test_shapes_around_tiles_and_panels[baseline-torch.float32-(225, 100, 300)]",
+    ),
+    "a vector of a panel read behind the weight": (
+        "csrc/cpu/linear.cpp", "b += kPanel) {", "b += kPanel + 1) {",
+        "tests/ops/test_products_cpu.py::test_shapes_around_tiles_and_panels[baseline-torch.float32-(14, 64, 128)]",
     ),
 }  # fmt: skip
 IN_CUDA = {

@@ -42,7 +42,7 @@ def without_gradients():
 @pytest.mark.parametrize(("family", "name"), BASES)
 def test_each_layer_calls_exactly_the_ops_of_the_design(family, name):
     _, model = pair(name, family)
-    with ops.record() as calls:
+    with ops.record() as calls, fastbert.use_backend("torch"):
         model(**batch(family))
     projection = PROJECTION.get(family, [])
     assert [c.op for c in calls] == ["unpad", "embed_layer_norm", *projection, *LAYER, *LAYER, "pad"]
@@ -51,11 +51,34 @@ def test_each_layer_calls_exactly_the_ops_of_the_design(family, name):
     assert calls[-1].shapes[0] == (tokens, width)
 
 
+@pytest.mark.skipif(not ops.encodes(torch.device("cpu"), torch.float32), reason="the native library is not here")
+@pytest.mark.parametrize(("family", "name"), BASES)
+def test_all_layers_are_one_call_on_a_cpu(family, name):
+    """Up to a layer whose input is wanted; the same bits, whatever is wanted."""
+    _, model = pair(name, family)
+    start = ["unpad", "embed_layer_norm", *PROJECTION.get(family, [])]
+    with ops.record() as calls:
+        whole = model(**batch(family)).last_hidden_state
+    assert [c.op for c in calls] == [*start, "encoder_forward", "pad"]
+    with ops.record() as calls:
+        parts = model(**batch(family), output_hidden_states=True)
+    assert [c.op for c in calls] == [*start, *["pad", "encoder_forward"] * 2, "pad"]
+    assert torch.equal(parts.last_hidden_state, whole)
+    with torch.enable_grad(), ops.record() as calls:
+        model(**batch(family))
+    assert "encoder_forward" not in [c.op for c in calls]
+
+
 @pytest.mark.parametrize(("family", "name"), BASES)
 def test_no_built_in_computes_between_the_ops(family, name, monkeypatch):
     """From the embeddings to the last layer nothing runs outside a declared op but views and the care for weights."""
     views = {"view", "unflatten", "flatten", "detach", "alias", "split", "as_strided", "select", "slice", "t"}
-    weights = {"cat", "equal"}  # the bias of q, k and v, and the look whether a weight has changed
+    weights = {
+        "cat",
+        "equal",
+        "same_values",
+        "isa",
+    }  # q, k and v's bias, and the look whether a weight changed
     inside, seen = [], []
 
     class Watch(TorchDispatchMode):
@@ -77,17 +100,21 @@ def test_no_built_in_computes_between_the_ops(family, name, monkeypatch):
 
     _, model = pair(name, family)
     inputs = batch(family)
-    model(**inputs)  # prepares the weights
     for op in ops.ALL:
         monkeypatch.setattr(op, "dispatch", counted(f"op {op.name}", op.dispatch))
-    with Watch():
-        model(**inputs)
-    between = seen[seen.index("op embed_layer_norm") + 1 : seen.index("op pad")]
-    outside = {name for name in between if not name.startswith("op ")}
-    assert outside <= views | weights, outside - views - weights
-    assert [name for name in between if name.startswith("op ")] == [
-        f"op {name}" for name in PROJECTION.get(family, []) + LAYER * 2
-    ]
+    for backends, layers in ((("torch",), LAYER * 2), (("cpu", "torch"), ["encoder_forward"])):
+        if "cpu" in backends and not ops.encodes(torch.device("cpu"), torch.float32):
+            continue
+        with fastbert.use_backend(*backends):
+            model(**inputs)  # prepares the weights
+            seen.clear()
+            with Watch():
+                model(**inputs)
+        between = seen[seen.index("op embed_layer_norm") + 1 : seen.index("op pad")]
+        outside = {name for name in between if not name.startswith("op ")}
+        assert outside <= views | weights, outside - views - weights
+        called = [name.removeprefix("op ") for name in between if name.startswith("op ")]
+        assert called == PROJECTION.get(family, []) + layers
 
 
 @pytest.mark.parametrize(("family", "name"), HEADS + BASES)
@@ -334,7 +361,8 @@ def test_explain_says_what_runs_where():
     text = str(fastbert.explain(model))
     assert "bert (BertModel): fast path" in text
     assert "1 forward so far: fast" in text and "packed copies of weights" in text
-    assert "\n  attention: cpu" in text and "\n  unpad: cpu" in text and "\n  linear: torch" in text
+    assert "\n  attention: cpu" in text and "\n  unpad: cpu" in text
+    assert f"\n  linear: {ops.packer(torch.device('cpu'), torch.float32)}" in text
     with fastbert.use_backend("reference"):
         assert "\n  attention: reference" in str(fastbert.explain(model))
 
@@ -351,7 +379,8 @@ def test_the_residual_stream_is_float32_on_a_cpu(dtype, monkeypatch):
         return outputs
 
     monkeypatch.setattr(ops, "add_layer_norm", seen)
-    output = model.to(dtype)(**batch("bert"), output_hidden_states=True)
+    with fastbert.use_backend("torch"):
+        output = model.to(dtype)(**batch("bert"), output_hidden_states=True)
     assert found == {(dtype, torch.float32, torch.float32)}
     assert {x.dtype for x in (output.last_hidden_state, *output.hidden_states)} == {dtype}
 

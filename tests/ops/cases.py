@@ -105,11 +105,16 @@ class Spec:
 
 
 def cast(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Arguments:
-    """Floating tensors in `dtype`, all tensors on `device`."""
-    return tuple(
-        (a.to(device, dtype) if a.is_floating_point() else a.to(device)) if isinstance(a, torch.Tensor) else a
-        for a in arguments
-    )
+    """Floating tensors in `dtype`, all tensors on `device`, those in lists too."""
+
+    def one(a: Any) -> Any:
+        if isinstance(a, list):
+            return [one(inner) for inner in a]
+        if not isinstance(a, torch.Tensor):
+            return a
+        return a.to(device, dtype) if a.is_floating_point() else a.to(device)
+
+    return tuple(one(a) for a in arguments)
 
 
 # attention
@@ -243,6 +248,26 @@ def bias_gelu_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Argu
     yield "no bias, far tails", (x * 4, None, "none")
 
 
+# encoder_forward
+
+
+def encoder_forward_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    hidden, wide, none = case.hidden, case.intermediate, torch.empty(0, dtype=torch.float64)
+
+    def product(n: int, k: int, name: str) -> list[torch.Tensor]:
+        return [normal(n, k, like=f"w {name}", scale=k**-0.5), none, none, normal(n, like=f"b {name}", scale=0.1)]
+
+    def layer(name: str) -> list[torch.Tensor]:
+        attention = product(3 * hidden, hidden, f"qkv {name}") + product(hidden, hidden, f"out {name}")
+        inner = product(wide, hidden, f"first {name}") + product(hidden, wide, f"second {name}")
+        return [*attention, *gain_and_shift(hidden), *inner, *gain_and_shift(hidden)]
+
+    x = normal(case.tokens, hidden, like="x")
+    call = x, case.cu_seqlens(), max(case.lengths)
+    yield "", (*call, layer("0"), case.heads, case.dim**-0.5, 1e-12, "none")
+    yield "two layers, tanh", (*call, layer("0") + layer("1"), case.heads, case.dim**-0.5, 1e-5, "tanh")
+
+
 ATTENTION = Spec(ops.attention, attention_inputs, stock.attention_and_lse)
 ADD_LAYER_NORM = Spec(ops.add_layer_norm, add_layer_norm_inputs, add_layer_norm_stock, rows=(0, 2))
 EMBED_LAYER_NORM = Spec(ops.embed_layer_norm, embed_layer_norm_inputs, embed_layer_norm_stock, rows=())
@@ -250,4 +275,5 @@ LINEAR = Spec(ops.linear, linear_inputs, stock.linear, weights=(1,))
 LINEAR_GELU = Spec(ops.linear_gelu, linear_gelu_inputs, stock.linear_gelu_and_pre, weights=(1,))
 FEED_FORWARD = Spec(ops.feed_forward, feed_forward_inputs, stock.feed_forward_and_pre, weights=(1, 3))
 BIAS_GELU = Spec(ops.bias_gelu, bias_gelu_inputs, stock.bias_gelu)
+ENCODER_FORWARD = Spec(ops.encoder_forward, encoder_forward_inputs, stock.encoder_forward, weights=(3,))
 SPECS = (ATTENTION, ADD_LAYER_NORM, EMBED_LAYER_NORM, LINEAR, LINEAR_GELU, FEED_FORWARD, BIAS_GELU)

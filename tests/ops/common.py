@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -24,8 +25,17 @@ def arguments_of(spec: Spec, arguments: Arguments, dtype: torch.dtype, backend: 
     """What the backend is called with: rounded to the dtype, on its device, matrices packed if it wants them so."""
     found = list(cast(arguments, dtype, backend.device))
     for i in spec.weights if backend.packed else ():
-        found[i] = ops.pack_weight(found[i])
+        found[i] = backend.pack(found[i])
     return tuple(found)
+
+
+WEIGHTS = (0, 4, 10, 14)  # of a layer's tensors
+
+
+def in_panels(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as `encoder_forward` takes it packed."""
+    packed = ops.pack_weight(weight, "cpu")
+    return packed.panels if isinstance(packed, ops.PanelWeight) else packed
 
 
 class Backend:
@@ -33,6 +43,12 @@ class Backend:
 
     def __init__(self, name: str, device: str, packed: bool = False) -> None:
         self.name, self.device, self.packed = name, device, packed
+
+    def pack(self, weight: Any) -> Any:
+        """A weight as the backend wants it, the reference, which wants none, as torch's; of layers those of each."""
+        if isinstance(weight, list):
+            return [in_panels(x) if i % ops.LAYER_TENSORS in WEIGHTS else x for i, x in enumerate(weight)]
+        return ops.pack_weight(weight, "cpu" if self.name == "cpu" else "torch")
 
     @property
     def interpreted(self) -> bool:
@@ -66,7 +82,8 @@ class Backend:
 def backends_of(spec: Spec, devices: tuple[str, ...]) -> Iterator[Backend]:
     for device in devices:
         for name in names_here(spec.op, device):
-            yield Backend(name, device)
+            if not spec.weights or name != "cpu":  # which takes packed ones only
+                yield Backend(name, device)
             if spec.weights and device == "cpu" and name not in ("triton", "cuda"):
                 yield Backend(name, device, packed=True)
 
@@ -159,9 +176,12 @@ def test_strided_inputs(spec, dtype, backend, parity):
     for name, exact in spec.inputs(backend.edges, dtype):
         rounded = cast(exact, dtype)
         arguments = cast(rounded, dtype, backend.device)
-        views = tuple(strided(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+        views = tuple(
+            strided(a) if isinstance(a, torch.Tensor) else [strided(x) for x in a] if isinstance(a, list) else a
+            for a in arguments
+        )
         if backend.packed:
-            views = tuple(ops.pack_weight(a) if i in spec.weights else a for i, a in enumerate(views))
+            views = tuple(backend.pack(a) if i in spec.weights else a for i, a in enumerate(views))
         ours, ref = backend(spec, views), as_tuple(spec.reference(*cast(rounded, torch.float64)))
         base = as_tuple(spec.stock(*arguments))
         for i, output in enumerate(spec.outputs):

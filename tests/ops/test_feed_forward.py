@@ -38,7 +38,7 @@ def test_it_is_two_products(dtype, backend):
         torch.randn(s, device=backend.device).to(dtype) for s in ((9, 16), (32, 16), (32,), (16, 32), (16,))
     )
     if backend.packed:
-        w1, w2 = ops.pack_weight(w1), ops.pack_weight(w2)
+        w1, w2 = backend.pack(w1), backend.pack(w2)
     with ops.use_backend(backend.name):
         for save in (False, True):
             y, pre = ops.feed_forward(x, w1, b1, w2, b2, save=save)

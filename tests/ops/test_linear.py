@@ -30,4 +30,5 @@ def test_two_dtypes_are_refused(dtype):
 def test_autocast_is_off_inside(backend):
     x, weight = torch.ones(3, 8, device=backend.device), torch.ones(5, 8, device=backend.device)
     with torch.autocast(backend.device, dtype=torch.bfloat16):
+        weight = backend.pack(weight) if backend.packed else weight
         assert backend(SPEC, (x, weight, None))[0].dtype == torch.float32

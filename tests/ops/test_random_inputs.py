@@ -133,7 +133,7 @@ def on_backend(arguments: Arguments, backend: Backend, weights: tuple[int, ...])
     """The arguments on the backend's device, matrices packed if it wants them so; layouts are kept."""
     found = [a.to(backend.device) if isinstance(a, Tensor) else a for a in arguments]
     for i in weights if backend.packed else ():
-        found[i] = ops.pack_weight(found[i])
+        found[i] = backend.pack(found[i])
     return tuple(found)
 
 

@@ -1,0 +1,68 @@
+// linear: x times a packed weight transposed, with a bias and GELU. Free of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace fastbert {
+
+enum class Activation { none, gelu, gelu_tanh };
+
+namespace cpu {
+
+// What products of packed weights are added up from, and what a word of 4 bytes of them holds: 1 float32, 2 bfloat16
+// or 4 int8 (times unsigned ones).
+enum class Weights { float32, bfloat16, int8 };
+
+constexpr int kPanel = 32;  // rows of a weight that stand side by side when it is packed
+
+// weight [columns, inner] packed: [panels of columns][words of inner][kPanel] words, zeros where there is none. The same
+// for every instruction set. int8: scales and sums (over inner) [panels · kPanel].
+struct PackedWeight {
+  const void* words;
+  Weights kind;
+  int64_t columns, inner;
+  const float* scales;
+  const int32_t* sums;
+};
+
+constexpr int words_each(Weights kind) { return kind == Weights::float32 ? 1 : kind == Weights::bfloat16 ? 2 : 4; }
+
+inline int64_t inner_words(const PackedWeight& weight) {
+  return (weight.inner + words_each(weight.kind) - 1) / words_each(weight.kind);
+}
+
+inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// x [rows, weight.inner], a row x_stride elements apart; bias [weight.columns] of bias_dtype or nullptr -> out
+// [rows, weight.columns], a row out_stride elements apart.
+struct Linear {
+  const void* x;
+  Dtype x_dtype;
+  int64_t rows, x_stride;
+  PackedWeight weight;
+  const void* bias;
+  Dtype bias_dtype;
+  Activation activation;
+  void* out;
+  Dtype out_dtype;
+  int64_t out_stride;
+};
+
+constexpr int64_t kBlockBytes = 1 << 19;  // of packed rows of x: with a panel of the weight they fit a second cache
+
+// Bytes of memory, on a line of the cache, that a task of so many rows needs with any instruction set: packed rows, in
+// whole blocks or one tile of 16, what a row's bytes are one step, a tile's sums and a row of bytes.
+constexpr int64_t linear_memory(int64_t words, int64_t rows) {
+  const int64_t tile = 4 * 16 * (2 * words + 16);
+  return (tile > kBlockBytes ? tile : kBlockBytes) + 4 * (rows + 32) + 4 * 16 * kPanel + 4 * (2 * words + 32) + 4 * 64;
+}
+
+// The rows [first, last) of the panels [first_panel, last_panel) of out; memory: `linear_memory` bytes.
+FASTBERT_KERNEL(linear, (const Linear& inputs, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
+                         char* memory))
+
+}  // namespace cpu
+}  // namespace fastbert
