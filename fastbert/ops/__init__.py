@@ -15,6 +15,7 @@ from fastbert.ops.declare import (
     linear,
     linear_gelu,
     pad,
+    quantized_linear,
     unpad,
 )
 from fastbert.ops.packed import PackedWeight
@@ -24,5 +25,6 @@ from fastbert.ops.registry import BACKENDS, Backend, BackendRefused, Call, Op, r
 __all__ = [
     "ALL", "BACKENDS", "BACKWARD", "FORWARD", "LENGTH_CLASSES", "Backend", "BackendRefused", "Call", "Op",
     "PackedWeight", "add_layer_norm", "attention", "bias_gelu", "dropout_bits", "embed_layer_norm", "feed_forward",
-    "linear", "linear_gelu", "pack_weight", "packs", "pad", "record", "unpad", "use_backend", "use_batch_invariant",
+    "linear", "linear_gelu", "pack_weight", "packs", "pad", "quantized_linear", "record", "unpad", "use_backend",
+    "use_batch_invariant",
 ]  # fmt: skip

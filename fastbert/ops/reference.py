@@ -289,3 +289,50 @@ def feed_forward_backward(
     dinner, dw2, db2 = linear_backward(up(grad), gelu(pre, approximate), up(w2), [True] * 3)
     dx, dw1, db1 = linear_gelu_backward(dinner, up(x), up(w1), None, pre, approximate, [True] * 3)
     return only(needed, *(g.to(x.dtype) for g in (dx, dw1, db1, dw2, db2)))
+
+
+def rotate(x: Tensor, width: int) -> Tensor:
+    """x [..., K] → its Walsh-Hadamard transform in blocks of `width`, unscaled: twice gives width · x.
+
+    It spreads what is large in one column over its block (Ashkboos et al. 2024, "QuaRot"). Sums of two alone, in this
+    order, so that they are the same bits everywhere.
+    """
+    half = 1
+    while half < width:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)  # type: ignore[no-untyped-call]
+        x, half = torch.stack((a + b, a - b), -2).flatten(-3), 2 * half
+    return x
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, K] → u8 [T, K], scale [T] fp32, zero point [T] int32: scale · (u8 - zero) is about x, rotated; in fp32.
+
+    255 steps from the least value of a row to its greatest, 0 among them; halves go to the even one. `columns` [C] are
+    taken for 0. A row that is not finite gets the scale NaN and zeros.
+    """
+    x = rotate(x.float() if columns is None else x.float().index_fill(1, columns, 0.0), rotated)
+    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
+    scale = (high / 255 - low / 255).clamp(min=2.0**-126)  # its reciprocal is finite
+    scale = scale.where(x.isfinite().all(1), torch.nan)
+    inverse = (1 / scale)[:, None]
+    zero = (-low[:, None] * inverse).nan_to_num(0).round()
+    steps = (x * inverse).nan_to_num(0).round() + zero
+    return steps.clamp(0, 255).to(torch.uint8), scale, zero.squeeze(1).int()
+
+
+def quantized_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+) -> Tensor:  # fmt: skip
+    """x [T, K], weight [N, K] int8, scales [N], bias [N] → q(x)·(scales·weight)ᵀ + x[:, columns]·exactᵀ + bias [T, N].
+
+    q: `quantize_rows`, which leaves out columns [C], multiplied with exact [N, C] instead (Dettmers et al. 2022,
+    "LLM.int8()"), and rotates blocks of `rotated`. activation: "", or GELU by erf ("none") or tanh ("tanh").
+    """
+    quantized, scale, zero = quantize_rows(x, columns, rotated)
+    sums = (quantized.double() - zero[:, None]) @ weight.double().T  # [T, N], integers
+    y = sums * up(scale)[:, None] * up(scales)
+    if columns is not None and exact is not None:
+        y = y + up(x)[:, columns] @ up(exact).T
+    y = y if bias is None else y + up(bias)
+    return (gelu(y, activation) if activation else y).to(x.dtype)

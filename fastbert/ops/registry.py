@@ -144,6 +144,8 @@ class Op:
     def no_backward(self, *args: Any) -> None:
         """The backward of an op that has none."""
         kind = "differentiate the op it belongs to" if self.name.endswith("_backward") else "its outputs are discrete"
+        if self.name == "quantized_linear":
+            kind = "int8 products are for inference: train the model before fastbert.quantize"
         raise NotImplementedError(NO_BACKWARD.format(self.name, kind))
 
     def save_for_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
