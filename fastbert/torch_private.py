@@ -116,7 +116,7 @@ def integer_product_refusal() -> str | None:
 
 def integer_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, K], weight [N, K], both int8 on a CPU → x·weightᵀ [T, N] int32."""
-    return torch._int_mm(x, weight.T)  # type: ignore[no-any-return, attr-defined]
+    return torch._int_mm(x, weight.T)
 
 
 @probe("flash attention on CPUs", "attention runs by plain products and a softmax, more slowly")

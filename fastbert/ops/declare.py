@@ -23,7 +23,7 @@ WITHOUT_TRITON = ("quantized_linear",)
 
 
 def declare(name: str, schema: str, fake: Any, check: Any, gradient: Gradient | None = None) -> Op:
-    """An op with "torch", "triton" (but for WITHOUT_TRITON) and "reference"; "cpu" before and "cuda" behind, if it has these.
+    """An op with "torch", "triton" (but for WITHOUT_TRITON), "reference"; "cpu" before and "cuda" behind, if there.
 
     No CUDA kernel was measured yet: on a GPU one runs where it is asked for, or where all before it refuse.
     """
