@@ -208,11 +208,8 @@ def quantized_linear(
     while len(hadamard) < rotated:
         hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=x.device), hadamard)
     rows = (rows.double().unflatten(1, (-1, rotated)) @ hadamard.double()).flatten(1).float()  # type: ignore[no-untyped-call]
-    low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
-    step = (high / 255 - low / 255).clamp(min=2.0**-126)
-    zero = torch.round(-low * (1 / step))
-    steps = (torch.round(rows * (1 / step)) + zero).clamp(0, 255) - zero
-    found = steps.to(x.dtype) * step.to(x.dtype)
+    step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-126)
+    found = torch.round(rows * (1 / step)).to(x.dtype) * step.to(x.dtype)
     if columns is not None and exact is not None:
         found, full = torch.cat([found, x[:, columns]], 1), torch.cat([full, exact.to(x.dtype)], 1)
     y = F.linear(found, full, None if bias is None else bias.to(x.dtype))

@@ -124,8 +124,8 @@ __all__ = [
     "RobertaForMultipleChoice", "RobertaForQuestionAnswering", "RobertaForSequenceClassification",
     "RobertaForTokenClassification", "RobertaModel", "XLMRobertaForCausalLM", "XLMRobertaForMaskedLM",
     "XLMRobertaForMultipleChoice", "XLMRobertaForQuestionAnswering", "XLMRobertaForSequenceClassification",
-    "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "load_quantized", "pool", "quantize", "restore", "use_backend",
-    "use_batch_invariant",
+    "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "load_quantized", "pool", "quantize", "restore",
+    "use_backend", "use_batch_invariant",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """`quantize` and `load_quantized`: the products of the encoder's layers in int8, for inference.
 
-Weights are int8 with one scale a row, activations u8 with one scale and one zero point a token, chosen at run time. The
+Weights are int8 with one scale a row, activations u8 (zero point 128) with one scale a token, chosen at run time. The
 few columns of a product's input that hold outliers stay in fp32 (Dettmers et al. 2022, "LLM.int8()"); which they are is
 found once, by a forward. The others are rotated in blocks, which spreads what is still large (Ashkboos et al. 2024,
 "QuaRot").

@@ -74,7 +74,7 @@ class MatrixCache:
         return tensor
 
     def get_quantized(self, name: str, linears: tuple[QuantizedLinear, ...]) -> QuantizedProduct | None:
-        """The rows of several quantized linears in one product, made again after a change; None: they differ in kind."""
+        """The rows of several quantized linears in one product, made again after a change; None: they differ."""
         tensors = [t for linear in linears for t in (*linear.buffers(), linear.bias) if t is not None]
         stamp = tuple((t.data_ptr(), t.shape, t.dtype, torch_private.version(t)) for t in tensors)
         entry = self.quantized.get(name)

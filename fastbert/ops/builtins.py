@@ -495,19 +495,13 @@ def rotate(x: Tensor, width: int) -> Tensor:
     return x.reshape(shape)
 
 
-def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference's, 128 less of it all: s8 [T, K], scale [T] fp32, zero point [T] int32."""
+def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) -> tuple[Tensor, Tensor]:
+    """As the reference's, less its 128: s8 [T, K], scale [T] fp32."""
     x = rotate(x.float() if columns is None else x.float().index_fill(1, columns, 0.0), rotated)
-    if x.shape[1] == 0:
-        return x.to(torch.int8), x.new_full((x.shape[0],), 2.0**-126), torch.full_like(x[:, 0], -128, dtype=torch.int32)
-    low, high = torch.aminmax(x, dim=1)
-    finite = (low > -torch.inf) & (high < torch.inf)  # of a row with a NaN both are NaN
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high / 255 - low / 255).clamp(min=2.0**-126).masked_fill(~finite, torch.nan)
-    inverse = scale.reciprocal().nan_to_num_(0)
-    offset = (-low * inverse).nan_to_num_(0).round_() - 128
-    steps = (x * inverse[:, None]).nan_to_num_(0).round_().add_(offset[:, None]).clamp_(-128, 127)
-    return steps.to(torch.int8), scale, offset.to(torch.int32)
+    greatest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    scale = (greatest / 127).clamp(min=2.0**-126).masked_fill(~(greatest < torch.inf), torch.nan)
+    steps = (x * scale.reciprocal()[:, None]).nan_to_num_(0).round_().clamp_(-127, 127)
+    return steps.to(torch.int8), scale
 
 
 def integer_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -533,9 +527,8 @@ def quantized_linear(
 ) -> Tensor:  # fmt: skip
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return x.new_empty(x.shape[0], weight.shape[0])
-    quantized, scale, zero = quantize_rows(x, columns, rotated)
+    quantized, scale = quantize_rows(x, columns, rotated)
     sums = integer_product(quantized, weight)
-    sums -= zero[:, None] * weight.sum(1, dtype=torch.int32)
     y = sums * scales.float() * scale[:, None]
     if columns is not None and exact is not None:
         y += few_columns(x.index_select(1, columns), exact)

@@ -304,20 +304,17 @@ def rotate(x: Tensor, width: int) -> Tensor:
     return x
 
 
-def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, K] → u8 [T, K], scale [T] fp32, zero point [T] int32: scale · (u8 - zero) is about x, rotated; in fp32.
+def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) -> tuple[Tensor, Tensor]:
+    """x [T, K] → u8 [T, K], scale [T] fp32: scale · (u8 - 128) is about x, rotated; in fp32 arithmetic.
 
-    255 steps from the least value of a row to its greatest, 0 among them; halves go to the even one. `columns` [C] are
-    taken for 0. A row that is not finite gets the scale NaN and zeros.
+    A row's greatest magnitude is 127 steps; halves go to the even one. `columns` [C] are taken for 0. A row that is not
+    finite gets the scale NaN and zeros (128).
     """
     x = rotate(x.float() if columns is None else x.float().index_fill(1, columns, 0.0), rotated)
-    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
-    scale = (high / 255 - low / 255).clamp(min=2.0**-126)  # its reciprocal is finite
+    scale = (x.abs().amax(1) / 127).clamp(min=2.0**-126)  # its reciprocal is finite
     scale = scale.where(x.isfinite().all(1), torch.nan)
-    inverse = (1 / scale)[:, None]
-    zero = (-low[:, None] * inverse).nan_to_num(0).round()
-    steps = (x * inverse).nan_to_num(0).round() + zero
-    return steps.clamp(0, 255).to(torch.uint8), scale, zero.squeeze(1).int()
+    steps = (x * (1 / scale)[:, None]).nan_to_num(0).round().clamp(-127, 127)
+    return (steps + 128).to(torch.uint8), scale
 
 
 def quantized_linear(
@@ -329,8 +326,8 @@ def quantized_linear(
     q: `quantize_rows`, which leaves out columns [C], multiplied with exact [N, C] instead (Dettmers et al. 2022,
     "LLM.int8()"), and rotates blocks of `rotated`. activation: "", or GELU by erf ("none") or tanh ("tanh").
     """
-    quantized, scale, zero = quantize_rows(x, columns, rotated)
-    sums = (quantized.double() - zero[:, None]) @ weight.double().T  # [T, N], integers
+    quantized, scale = quantize_rows(x, columns, rotated)
+    sums = (quantized.double() - 128) @ weight.double().T  # [T, N], integers
     y = sums * up(scale)[:, None] * up(scales)
     if columns is not None and exact is not None:
         y = y + up(x)[:, columns] @ up(exact).T
