@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -212,6 +213,13 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
     def bias_gelu() -> OpCall:
         return OpCall("bias_gelu", (randn(tokens, inner), randn(inner)), 0, 2 * tokens * inner * size)
 
+    def quantized_linear() -> OpCall:
+        weight = torch.randint(-127, 128, (inner, hidden), generator=generator, device=device, dtype=torch.int8)
+        scales = torch.full((inner,), hidden**-0.5 / 127, device=device)
+        arguments = (randn(tokens, hidden), weight, scales, randn(inner), None, None, math.gcd(hidden, 128), "none")
+        moved = size * tokens * (hidden + inner) + hidden * inner
+        return OpCall("quantized_linear", arguments, 2 * tokens * hidden * inner, moved)
+
     def backward(make: Callable[[], OpCall]) -> Callable[[], OpCall]:
         """The backward of a call: of each product two, of attention's two products five (scores are made again)."""
 
@@ -229,7 +237,7 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
 
     makers = (
         unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
-        bias_gelu,
+        bias_gelu, quantized_linear,
     )  # fmt: skip
     calls = {maker.__name__: maker for maker in makers}
     gradients = ((OPS[name].gradient, maker) for name, maker in calls.items())

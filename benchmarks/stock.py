@@ -211,12 +211,33 @@ def encoder_forward(
     return x
 
 
+def quantized_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+) -> Tensor:  # fmt: skip
+    """A product in the tested dtype of what a quantized x and weight stand for."""
+    rows = x.float().clone()
+    full = weight.to(x.dtype) * scales.to(x.dtype)[:, None]
+    if columns is not None and exact is not None:
+        rows[:, columns] = 0
+    hadamard = torch.ones(1, 1, device=x.device)
+    while len(hadamard) < rotated:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=x.device), hadamard)
+    rows = (rows.double().unflatten(1, (-1, rotated)) @ hadamard.double()).flatten(1).float()  # type: ignore[no-untyped-call]
+    step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-126)
+    found = torch.round(rows * (1 / step)).to(x.dtype) * step.to(x.dtype)
+    if columns is not None and exact is not None:
+        found, full = torch.cat([found, x[:, columns]], 1), torch.cat([full, exact.to(x.dtype)], 1)
+    y = F.linear(found, full, None if bias is None else bias.to(x.dtype))
+    return F.gelu(y, approximate=activation) if activation else y
+
+
 # What stock models compute, for timings; with every output of the op, for parity.
 ALL: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
-        bias_gelu, encoder_forward,
+        bias_gelu, encoder_forward, quantized_linear,
     )
 }  # fmt: skip
 EVERY_OUTPUT = ALL | {

@@ -28,13 +28,14 @@ struct PackedWeight {
   const int32_t* sums;
 };
 
-constexpr int words_each(Weights kind) { return kind == Weights::float32 ? 1 : kind == Weights::bfloat16 ? 2 : 4; }
+// static, as all functions here: of the files compiled for several instruction sets none may share one
+static constexpr int words_each(Weights kind) { return kind == Weights::float32 ? 1 : kind == Weights::bfloat16 ? 2 : 4; }
 
-inline int64_t inner_words(const PackedWeight& weight) {
+static inline int64_t inner_words(const PackedWeight& weight) {
   return (weight.inner + words_each(weight.kind) - 1) / words_each(weight.kind);
 }
 
-inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+static inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 // x [rows, weight.inner], a row x_stride elements apart; bias [weight.columns] of bias_dtype or nullptr -> out
 // [rows, weight.columns], a row out_stride elements apart.
@@ -55,7 +56,7 @@ constexpr int64_t kBlockBytes = 1 << 19;  // of packed rows of x: with a panel o
 
 // Bytes of memory, on a line of the cache, that a task of so many rows needs with any instruction set: packed rows, in
 // whole blocks or one tile of 16, what a row's bytes are one step, a tile's sums and a row of bytes.
-constexpr int64_t linear_memory(int64_t words, int64_t rows) {
+static constexpr int64_t linear_memory(int64_t words, int64_t rows) {
   const int64_t tile = 4 * 16 * (2 * words + 16);
   return (tile > kBlockBytes ? tile : kBlockBytes) + 4 * (rows + 32) + 4 * 16 * kPanel + 4 * (2 * words + 32) + 4 * 64;
 }

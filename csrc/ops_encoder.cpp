@@ -53,7 +53,8 @@ cpu::PackedWeight packed_weight(const std::vector<Tensor>& parts, int64_t column
 // A bias [columns] of the dtype of a call, or none.
 const void* bias_of(const std::optional<Tensor>& bias, int64_t columns, Dtype dtype) {
   if (!bias.has_value()) return nullptr;
-  check(bias->dim() == 1 && bias->size(0) == columns && dtype_of(*bias) == dtype, "linear: bias is not [N] in x's dtype");
+  check(bias->dim() == 1 && bias->size(0) == columns && dtype_of(*bias) == dtype,
+        "linear: bias is not [N] in x's dtype");
   return bias->data_ptr();
 }
 
@@ -316,15 +317,16 @@ class Encoder {
 
 // x [T, H] float32 -> [T, H] behind all layers; tensors: kLayerTensors a layer, empty scales and sums where a weight is
 // not of int8. Attention and GELU's output are of the biases' dtype.
-Tensor encoder_forward(const Tensor& x, const Tensor& cu_seqlens, std::vector<Tensor> tensors, int64_t heads, int64_t dim,
-                        int64_t intermediate, double scale, double eps, bool is_tanh) {
+Tensor encoder_forward(const Tensor& x, const Tensor& cu_seqlens, const std::vector<Tensor>& given, int64_t heads,
+                       int64_t dim, int64_t intermediate, double scale, double eps, bool is_tanh) {
   check(x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.size(1) >= 1 && x.size(1) <= kMaxInt32,
         "encoder_forward: x is not [T, 1 or more] float32");
-  check(!tensors.empty() && tensors.size() % kLayerTensors == 0, "encoder_forward: the tensors are not 20 a layer");
+  check(!given.empty() && given.size() % kLayerTensors == 0, "encoder_forward: the tensors are not 20 a layer");
   check(heads >= 1 && dim >= 1 && 3 * heads * dim <= kMaxInt32 && scale > 0,
         "encoder_forward: heads, head dim or scale are not over 0");
-  for (Tensor& tensor : tensors) {
-    if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
+  std::vector<Tensor> tensors;
+  for (const Tensor& tensor : given) {
+    tensors.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
   }
   const int64_t tokens = x.size(0), hidden = x.size(1), inner = heads * dim;
   const Tensor out = empty(x, {tokens, hidden}, ScalarType::Float);

@@ -40,7 +40,8 @@ void run_tasks(int64_t tasks, int64_t threads, F f) {
 
 // The shares of a call, the longest sequences first: all queries of a sequence, or so many that all threads have
 // several shares; threads 0: all.
-inline std::vector<cpu::Share> attention_shares(const Attention& inputs, const std::vector<int32_t>& order, int64_t threads) {
+inline std::vector<cpu::Share> attention_shares(const Attention& inputs, const std::vector<int32_t>& order,
+                                                int64_t threads) {
   const auto length_of = [&](int64_t i) { return int64_t{inputs.cu_seqlens[i + 1]} - inputs.cu_seqlens[i]; };
   int64_t scores = 0;
   for (const int32_t i : order) scores += length_of(i) * length_of(i) * inputs.heads;
@@ -104,7 +105,8 @@ void run_shares(const Attention& inputs, const std::vector<cpu::Share>& shares, 
   const int64_t bytes = (memory_for(longest, inputs.dim) + 63) / 64 * 64, slots = std::min(tasks, threads);
   const Memory memory = allocate(bytes * slots);
   run_tasks(tasks, threads, [&](int64_t task, int64_t slot) {
-    for (size_t i = starts[task]; i < starts[task + 1]; ++i) kernel(shares[i], static_cast<char*>(memory.get()) + slot * bytes);
+    char* const mine = static_cast<char*>(memory.get()) + slot * bytes;
+    for (size_t i = starts[task]; i < starts[task + 1]; ++i) kernel(shares[i], mine);
   });
 }
 

@@ -141,7 +141,9 @@ inline AddLayerNormTensors contiguous_inputs(const Tensor& x, const std::optiona
           torch::stable::contiguous(gamma)};
 }
 
-inline Indices indices_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Long}; }
+inline Indices indices_of(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.scalar_type() == ScalarType::Long};
+}
 
 struct EmbedLayerNormTensors {
   Tensor ids;

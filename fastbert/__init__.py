@@ -97,6 +97,7 @@ if TYPE_CHECKING:
 
     from fastbert.models.accelerate import accelerate as accelerate
     from fastbert.models.accelerate import explain, restore
+    from fastbert.models.quantize import load_quantized, quantize
     from fastbert.ops import use_backend, use_batch_invariant
     from fastbert.pooling import pool
 
@@ -123,8 +124,8 @@ __all__ = [
     "RobertaForMultipleChoice", "RobertaForQuestionAnswering", "RobertaForSequenceClassification",
     "RobertaForTokenClassification", "RobertaModel", "XLMRobertaForCausalLM", "XLMRobertaForMaskedLM",
     "XLMRobertaForMultipleChoice", "XLMRobertaForQuestionAnswering", "XLMRobertaForSequenceClassification",
-    "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "pool", "restore", "use_backend",
-    "use_batch_invariant",
+    "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "load_quantized", "pool", "quantize", "restore",
+    "use_backend", "use_batch_invariant",
 ]  # fmt: skip
 
 
@@ -134,6 +135,10 @@ def __getattr__(name: str) -> Any:
         from fastbert.models import accelerate as module
 
         return getattr(module, name)
+    if name in ("quantize", "load_quantized"):
+        from fastbert.models import quantize as quantizing
+
+        return getattr(quantizing, name)
     if name in ("use_backend", "use_batch_invariant"):
         from fastbert import ops
 

@@ -119,6 +119,30 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedProduct:
+    """A linear map in int8, as `ops.quantized_linear` takes it.
+
+    Args:
+        weight: [N, K] int8, with scales [N].
+        bias: [N].
+        columns: [C], multiplied with exact [N, C].
+        rotated: how many columns a block of the rotation has.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    columns: Tensor
+    exact: Tensor
+    rotated: int
+
+    def __call__(self, x: Tensor, activation: str = "") -> Tensor:
+        """x [T, K] → [T, N]; activation: GELU as `approximate` says, or ""."""
+        weights = self.weight, self.scales, self.bias, self.columns, self.exact, self.rotated
+        return ops.quantized_linear(x, *weights, activation)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerWeights:
     """One layer's parameters as the ops take them.
 
@@ -132,11 +156,11 @@ class LayerWeights:
     heads: int
     scale: float
     approximate: str
-    qkv: Product  # [3·N·D, H]
-    out: Product  # [H, N·D]
+    qkv: Product | QuantizedProduct  # [3·N·D, H]
+    out: Product | QuantizedProduct  # [H, N·D]
     norm1: tuple[Tensor, Tensor, float]  # gamma [H], beta [H], eps
-    first: Product  # [I, H]
-    second: Product  # [H, I]
+    first: Product | QuantizedProduct  # [I, H]
+    second: Product | QuantizedProduct  # [H, I]
     norm2: tuple[Tensor, Tensor, float]
     dropout: tuple[float, ...] = ()
     index: int = 0
@@ -154,7 +178,7 @@ def attend(x: Tensor, weights: LayerWeights, packing: Packing, seed: Tensor | No
     return weights.out(out.flatten(1))
 
 
-def without_gradient(product: Product) -> tuple[Product, Tensor | None]:
+def without_gradient(product: Product | QuantizedProduct) -> tuple[Product | QuantizedProduct, Tensor | None]:
     """The product with a bias that gets no gradient, and that bias if it is to get one: the op behind gives it."""
     bias = product.bias
     if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
@@ -165,7 +189,9 @@ def without_gradient(product: Product) -> tuple[Product, Tensor | None]:
 def feed_forward(x: Tensor, weights: LayerWeights) -> Tensor:
     """x [T, H] → both products with GELU between them [T, H], before dropout, residual and LayerNorm."""
     first, second = weights.first, weights.second
-    if first.modules or second.modules:
+    if isinstance(first, QuantizedProduct):
+        return second(first(x, weights.approximate))
+    if isinstance(second, QuantizedProduct) or first.modules or second.modules:
         return second(F.gelu(first(x), approximate=weights.approximate))
     return ops.feed_forward(  # type: ignore[no-any-return]
         x, first.weight, first.bias, second.weight, second.bias, weights.approximate, weights.save

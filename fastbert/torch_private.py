@@ -101,6 +101,24 @@ def packed_linear_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, None, "add")  # type: ignore[no-any-return]
 
 
+@probe("integer products (_int_mm)", "they run in fp32, more slowly")
+def integer_product_refusal() -> str | None:
+    """Why torch's int8 product cannot be used on this CPU, in words; None: it can.
+
+    Without VNNI some libraries add products up in 16 bits, where the largest saturate.
+    """
+    x = torch.tensor([127, -128, 1, 0], dtype=torch.int8).repeat_interleave(64).view(4, 64)
+    weight = torch.tensor([127, -127, 1], dtype=torch.int8).repeat_interleave(64).view(3, 64)
+    if integer_product(x, weight).tolist() != (x.double() @ weight.double().T).tolist():
+        return "it is not exact here"
+    return None
+
+
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K], weight [N, K], both int8 on a CPU → x·weightᵀ [T, N] int32."""
+    return torch._int_mm(x, weight.T)
+
+
 @probe("flash attention on CPUs", "attention runs by plain products and a softmax, more slowly")
 def cpu_flash_refusal(dtype: torch.dtype) -> str | None:
     """Why torch's CPU flash attention cannot be used for this dtype, in words; None: it can."""
@@ -296,6 +314,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "oneDNN packed linear, float32": lambda: packed_linear_refusal(torch.float32),
     "oneDNN packed linear, bfloat16": lambda: packed_linear_refusal(torch.bfloat16),
     "oneDNN packed linear, float16": lambda: packed_linear_refusal(torch.float16),
+    "integer products": integer_product_refusal,
     "CPU flash attention, float32": lambda: cpu_flash_refusal(torch.float32),
     "CPU flash attention, bfloat16": lambda: cpu_flash_refusal(torch.bfloat16),
     "modules, hooks, versions, tracing": module_fields_refusal,

@@ -76,7 +76,7 @@ def check(setting: Setting, checked: Checked, op: Op, backend: Backend, dtype: t
     refused: list[str] = []
     for call in sample_calls(op, checked.sizes, dtype):
         arguments = moved_to(call.arguments, setting.place)
-        if reasons := backend.reasons(*arguments):
+        if reasons := backend.reasons(*op.packed(backend, arguments)):
             refused.append(f"{call.what}: {'; '.join(reasons)}")
         else:
             judged += judged_call(setting, op, backend, call, arguments)
@@ -96,6 +96,7 @@ def judged_call(
     exact, lost = moved_to(call.exact(), setting.place), float("inf")
     expected = outputs(op.backends["reference"].run(*exact))
     base = outputs(op.backends["torch"].run(*arguments))
+    arguments = op.packed(backend, arguments)
     ours = outputs(backend.run(*arguments))
     with poisoned_memory():
         poisoned = outputs(backend.run(*arguments))

@@ -177,7 +177,14 @@ def input_of(arguments: tuple[Any, ...]) -> str:
 
 
 def moved_to(arguments: tuple[Any, ...], place: torch.device) -> tuple[Any, ...]:
-    return tuple(a.to(place) if isinstance(a, Tensor) else a for a in arguments)
+    """The arguments with their tensors on a device, those in lists too."""
+
+    def moved(a: Any) -> Any:
+        if isinstance(a, list):
+            return [moved(one) for one in a]
+        return a.to(place) if isinstance(a, Tensor) else a
+
+    return tuple(moved(a) for a in arguments)
 
 
 def in_words(error: BaseException) -> str:

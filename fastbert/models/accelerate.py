@@ -12,6 +12,7 @@ from fastbert import hf
 from fastbert.models.families import AUTO_CLASSES, FAMILIES, Family
 from fastbert.models.forward import PAD_OUTPUTS, State, logger, make_forward
 from fastbert.models.heads import HEADS, TOKEN_HEADS, make_head_forward
+from fastbert.models.quantized import QuantizedLinear
 from fastbert.models.structure import forward_reasons, model_reasons, position_reasons
 from fastbert.models.weights import MatrixCache
 from fastbert.once import once
@@ -213,12 +214,15 @@ class BaseExplanation:
     calls: dict[str, int]
     pad_output: str
     packed_bytes: int
+    quantized: bool = False
 
     def __str__(self) -> str:
         path = "HuggingFace's own path" if self.reasons else "fast path"
         lines = [f"{self.name or 'the model'} ({self.model}): {path}"]
         lines += [f"  because {reason}" for reason in self.reasons]
         lines += [f'  pad_output = "{self.pad_output}", packed copies of weights: {self.packed_bytes / 1e6:.1f} MB']
+        if self.quantized:
+            lines.append("  quantized: the layers' products run in int8, for inference only")
         for reason, count in self.calls.items():
             took = f"stock, because {reason}" if reason else "fast"
             lines.append(f"  {count} forward{'s' if count > 1 else ''} so far: {took}")
@@ -285,6 +289,7 @@ def explain(model: nn.Module) -> Explanation:
                 calls=dict(state.calls),
                 pad_output=state.pad_output,
                 packed_bytes=state.cache.nbytes(),
+                quantized=any(type(module) is QuantizedLinear for module in base.modules()),
             )
         )
     word = found[0][1].embeddings.word_embeddings.weight

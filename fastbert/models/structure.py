@@ -11,12 +11,13 @@ from torch import nn
 
 from fastbert import devices, hf, torch_private
 from fastbert.models.families import Family, tables_of
+from fastbert.models.quantized import QuantizedLinear
 from fastbert.torch_private import parameter
 
 # What may stand at the place of an nn.Linear: a row of its output depends on that row of its input alone, so that it
 # can be called on packed tokens.
 TOKENWISE = ("peft.tuners.lora.layer.Linear",)
-HOMES = ("transformers", "torch", "peft")  # the packages whose code the fast path knows
+HOMES = ("transformers", "torch", "peft", "fastbert")  # the packages whose code the fast path knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ def role_reasons(model: Any, family: Family) -> list[str]:
             continue
         kind = kind_of(module)
         if name in roles and type(module) is not roles[name]:
-            if roles[name] is not nn.Linear or kind not in TOKENWISE:
+            if roles[name] is not nn.Linear or (kind not in TOKENWISE and type(module) is not QuantizedLinear):
                 reasons.append(f"{name} is {kind}, not torch.nn.{roles[name].__name__}")
         elif name not in roles and type(module) not in (nn.Dropout, nn.ModuleList) and type(module).__module__ != home:
             reasons.append(f"{name} is {kind}, not a module of the stock model")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import hf, native, ops, torch_private
-from fastbert.layers import LayerWeights, Product
+from fastbert.layers import LayerWeights, Product, QuantizedProduct
+from fastbert.models.quantized import QuantizedLinear
 from fastbert.models.structure import LayerModules
 from fastbert.ops import PackedWeight, PanelWeight
 from fastbert.torch_private import own_parameters, parameter
@@ -72,6 +73,7 @@ class MatrixCache:
     def __init__(self) -> None:
         self.entries: dict[str, Prepared] = {}
         self.stack: Prepared | None = None  # of all layers, made of `entries`
+        self.quantized: dict[str, tuple[tuple[object, ...], QuantizedProduct | None]] = {}
 
     def get(
         self, name: str, parameters: tuple[Tensor, ...], dtype: torch.dtype, graph: bool = False
@@ -129,9 +131,21 @@ class MatrixCache:
         self.stack = Prepared(tensors, stamp, samples, live)
         return tensors
 
+    def get_quantized(self, name: str, linears: tuple[QuantizedLinear, ...]) -> QuantizedProduct | None:
+        """The rows of several quantized linears in one product, made again after a change; None: they differ."""
+        tensors = [t for linear in linears for t in (*linear.buffers(), linear.bias) if t is not None]
+        stamp = tuple((t.data_ptr(), t.shape, t.dtype, torch_private.version(t)) for t in tensors)
+        entry = self.quantized.get(name)
+        if entry is None or entry[0] != stamp:
+            entry = self.quantized[name] = stamp, rows_together(linears)
+        return entry[1]
+
     def nbytes(self) -> int:
-        """Memory held by the copies of matrices, in bytes."""
-        return sum(entry.tensor.nbytes for entry in tuple(self.entries.values()) if not isinstance(entry.tensor, list))
+        """Memory held by the copies, in bytes."""
+        joined = [product for _, product in tuple(self.quantized.values()) if product is not None]
+        quantized = sum(t.nbytes for p in joined for t in (p.weight, p.scales, p.exact))
+        packed = [entry.tensor for entry in tuple(self.entries.values())]
+        return quantized + sum(tensor.nbytes for tensor in packed if not isinstance(tensor, list))
 
 
 def stamp_of(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
@@ -143,6 +157,18 @@ def stamp_of(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object
 def layer_parameters(layer: LayerModules) -> list[Tensor]:
     """The parameters of a layer's linears and LayerNorms."""
     return [parameter(module, name) for module in (*layer.linears(), *layer.norms()) for name in ("weight", "bias")]
+
+
+def rows_together(linears: tuple[QuantizedLinear, ...]) -> QuantizedProduct | None:
+    """One product with the rows of all these; None: not all have the same exact columns, or only some a bias."""
+    first, biases = linears[0], [linear.bias for linear in linears if linear.bias is not None]
+    if any(not torch.equal(linear.columns, first.columns) for linear in linears) or len(biases) % len(linears):
+        return None
+    weight, scales, exact = (
+        torch.cat([getattr(linear, name) for linear in linears]) for name in ("int8_weight", "scales", "exact")
+    )
+    bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+    return QuantizedProduct(weight, scales, bias, first.columns, exact, first.rotated)
 
 
 def keeps_copies(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
@@ -165,8 +191,15 @@ def norm(module: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
 
 def read_product(
     linears: tuple[nn.Module, ...], name: str, cache: MatrixCache, dtype: torch.dtype, graph: bool
-) -> Product:
-    """One product with the rows of all these linears, as they are now, in the compute dtype."""
+) -> Product | QuantizedProduct:
+    """One product with the rows of all these linears, as they are now, in the compute dtype or in int8."""
+    quantized = tuple(linear for linear in linears if type(linear) is QuantizedLinear)
+    if len(quantized) == len(linears):
+        if len(quantized) == 1:
+            q = quantized[0]
+            return QuantizedProduct(q.int8_weight, q.scales, q.bias, q.columns, q.exact, q.rotated)
+        if (together := cache.get_quantized(name, quantized)) is not None:
+            return together
     if any(type(linear) is not nn.Linear for linear in linears):
         return Product(None, modules=linears)
     biases = tuple(parameter(linear, "bias") for linear in linears)
@@ -204,7 +237,7 @@ def read_layer(
 ) -> LayerWeights:
     """The parameters of one layer as they are now, in the compute dtype; graph: as in `MatrixCache.get`."""
 
-    def product(place: str, *linears: nn.Module) -> Product:
+    def product(place: str, *linears: nn.Module) -> Product | QuantizedProduct:
         return read_product(linears, f"layer.{index}.{place}", cache, dtype, graph)
 
     return LayerWeights(

@@ -15,6 +15,7 @@ from fastbert.ops.declare import (
     linear,
     linear_gelu,
     pad,
+    quantized_linear,
     unpad,
 )
 from fastbert.ops.encoder import TENSORS as LAYER_TENSORS
@@ -26,6 +27,6 @@ from fastbert.ops.registry import BACKENDS, Backend, BackendRefused, Call, Op, r
 __all__ = [
     "ALL", "BACKENDS", "BACKWARD", "FORWARD", "LAYER_TENSORS", "LENGTH_CLASSES", "Backend", "BackendRefused", "Call",
     "Op", "PackedWeight", "PanelWeight", "add_layer_norm", "attention", "bias_gelu", "dropout_bits", "embed_layer_norm",
-    "encoder_forward", "encodes", "feed_forward", "linear", "linear_gelu", "pack_weight", "packer", "pad", "record",
-    "unpad", "use_backend", "use_batch_invariant",
+    "encoder_forward", "encodes", "feed_forward", "linear", "linear_gelu", "pack_weight", "packer", "pad",
+    "quantized_linear", "record", "unpad", "use_backend", "use_batch_invariant",
 ]  # fmt: skip

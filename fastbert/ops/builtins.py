@@ -32,6 +32,8 @@ SUMMED_COLUMNS = 192  # oneDNN adds products one after the other: over more of t
 FEW_ROWS, FEW_COLUMNS = 3, 512  # up to here MKL adds in another order, and is more exact still
 NARROW = 16  # columns of a product from which oneDNN's fp32 kernels are as exact as they are for wide ones
 SHORT_ROWS, MANY_PARTS = 16, 8  # up to so few rows MKL's one product is faster than so many
+EXACT_COLUMNS = 1024  # 1024 · 128 · 128 = 2^24: fp32 adds up so many products of int8 without rounding
+ROWS = 64  # of a product whose bits must not depend on how many rows there are
 BLOCK_ROWS = 512  # of [T, N] sums that should stay in a CPU's cache
 
 
@@ -497,3 +499,57 @@ def encoder_forward(
     by = sys.modules[__name__]
     arguments = cu_seqlens, max_seqlen, tensors, heads, scale, eps, approximate
     return encode(by, tensors[3].dtype, x.to(statistics_dtype(x)), *arguments).to(x.dtype)
+
+
+def rotate(x: Tensor, width: int) -> Tensor:
+    """As the reference's: x [..., K] → its Walsh-Hadamard transform in blocks of `width`."""
+    half, shape = 1, x.shape
+    while half < width:
+        pairs = x.reshape(*shape[:-1], -1, 2, half)
+        x, half = (
+            torch.cat((pairs[..., :1, :] + pairs[..., 1:, :], pairs[..., :1, :] - pairs[..., 1:, :]), -2),
+            2 * half,
+        )
+    return x.reshape(shape)
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) -> tuple[Tensor, Tensor]:
+    """As the reference's, less its 128: s8 [T, K], scale [T] fp32."""
+    x = rotate(x.float() if columns is None else x.float().index_fill(1, columns, 0.0), rotated)
+    greatest = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    scale = (greatest / 127).clamp(min=2.0**-126).masked_fill(~(greatest < torch.inf), torch.nan)
+    steps = (x * scale.reciprocal()[:, None]).nan_to_num_(0).round_().clamp_(-127, 127)
+    return steps.to(torch.int8), scale
+
+
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, K], weight [N, K], both int8 → x·weightᵀ [T, N] int32, exact."""
+    if x.device.type == "cpu" and private.integer_product_refusal() is None:
+        return private.integer_product(x.contiguous(), weight)
+    y = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
+    for part, columns in zip(torch.split(x, EXACT_COLUMNS, 1), torch.split(weight, EXACT_COLUMNS, 1), strict=True):
+        y += (part.float() @ columns.float().T).to(torch.int32)
+    return y
+
+
+def few_columns(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, C], weight [N, C] → x·weightᵀ [T, N] fp32, in products of ROWS rows: a row's bits do not depend on T."""
+    blocks = F.pad(x.float(), (0, 0, 0, -x.shape[0] % ROWS)).view(-1, ROWS, x.shape[1])
+    y = torch.cat([F.linear(block, weight.float()) for block in blocks]) if len(blocks) else x.new_empty(0, 1)
+    return y[: x.shape[0]]
+
+
+def quantized_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+) -> Tensor:  # fmt: skip
+    if x.shape[0] == 0 or weight.shape[0] == 0:
+        return x.new_empty(x.shape[0], weight.shape[0])
+    quantized, scale = quantize_rows(x, columns, rotated)
+    sums = integer_product(quantized, weight)
+    y = sums * scales.float() * scale[:, None]
+    if columns is not None and exact is not None:
+        y += few_columns(x.index_select(1, columns), exact)
+    if bias is not None:
+        y += bias.float()
+    return (F.gelu(y, approximate=activation) if activation else y).to(x.dtype)

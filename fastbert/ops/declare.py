@@ -19,12 +19,12 @@ from fastbert.ops.registry import Backend, Gradient, Op
 
 # On GPUs Triton's kernels of these ops are tried before PyTorch's built-ins, those of the others behind. Unmeasured:
 # what is first spares memory traffic on paper; of the products nobody knows yet where they beat cuBLAS.
-WITHOUT_TRITON = ("encoder_forward",)
 TRITON_FIRST = ("embed_layer_norm", "dropout_bits", "attention", "add_layer_norm")
+WITHOUT_TRITON = ("encoder_forward", "quantized_linear")
 
 
 def declare(name: str, schema: str, fake: Any, check: Any, gradient: Gradient | None = None) -> Op:
-    """An op with the three backends that every op has; "cpu" before them and "cuda" behind them, if it has these.
+    """An op with "torch", "triton" (but for WITHOUT_TRITON), "reference"; "cpu" before and "cuda" behind, if there.
 
     No CUDA kernel was measured yet: on a GPU one runs where it is asked for, or where all before it refuse.
     """
@@ -588,9 +588,50 @@ encoder_forward = declare(
     check_encoder_forward,
 )
 
+# quantized_linear
+
+
+def check_quantized_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+) -> list[str]:  # fmt: skip
+    reasons = shape_reasons(x=(x, (None, None)), weight=(weight, (None, x.shape[-1])), columns=(columns, (None,)))
+    if not reasons:
+        rows, wide = weight.shape[0], None if columns is None else columns.shape[0]
+        reasons += shape_reasons(scales=(scales, (rows,)), bias=(bias, (rows,)), exact=(exact, (rows, wide)))
+    if (columns is None) != (exact is None):
+        reasons.append("columns and exact are given together or not at all")
+    if weight.dtype != torch.int8:
+        reasons.append(f"weight is {weight.dtype}, expected int8")
+    floats = {"x": x, "scales": scales, "bias": bias, "exact": exact}
+    reasons += [f"{n} is {t.dtype}, no float" for n, t in floats.items() if t is not None and not t.is_floating_point()]
+    known = activation in ("", "none", "tanh")
+    reasons += [] if known else [f"activation is {activation!r}, expected '', 'none' (erf GELU) or 'tanh'"]
+    if rotated < 1 or rotated & (rotated - 1) or x.shape[-1] % rotated:
+        reasons.append(f"rotated is {rotated}, expected a power of two that divides {x.shape[-1]}")
+    if columns is not None and columns.dtype != torch.int64:
+        reasons.append(f"columns is {columns.dtype}, expected int64")
+    return reasons
+
+
+def fake_quantized_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+quantized_linear = declare(
+    "quantized_linear",
+    "(Tensor x, Tensor weight, Tensor scales, Tensor? bias=None, Tensor? columns=None, Tensor? exact=None,"
+    ' int rotated=1, str activation="") -> Tensor y',
+    fake_quantized_linear,
+    check_quantized_linear,
+)
+
 FORWARD: tuple[Op, ...] = (
     unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward, bias_gelu,
-    encoder_forward,
+    encoder_forward, quantized_linear,
 )  # fmt: skip
 BACKWARD: tuple[Op, ...] = tuple(op.gradient.op for op in FORWARD if op.gradient is not None)
 ALL: tuple[Op, ...] = FORWARD + BACKWARD

@@ -301,3 +301,47 @@ def encoder_forward(
     by = sys.modules[__name__]
     arguments = cu_seqlens, max_seqlen, tensors, heads, scale, eps, approximate
     return encode(by, torch.float64, up(x), *arguments).to(x.dtype)
+
+
+def rotate(x: Tensor, width: int) -> Tensor:
+    """x [..., K] → its Walsh-Hadamard transform in blocks of `width`, unscaled: twice gives width · x.
+
+    It spreads what is large in one column over its block (Ashkboos et al. 2024, "QuaRot"). Sums of two alone, in this
+    order, so that they are the same bits everywhere.
+    """
+    half = 1
+    while half < width:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)  # type: ignore[no-untyped-call]
+        x, half = torch.stack((a + b, a - b), -2).flatten(-3), 2 * half
+    return x
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) -> tuple[Tensor, Tensor]:
+    """x [T, K] → u8 [T, K], scale [T] fp32: scale · (u8 - 128) is about x, rotated; in fp32 arithmetic.
+
+    A row's greatest magnitude is 127 steps; halves go to the even one. `columns` [C] are taken for 0. A row that is not
+    finite gets the scale NaN and zeros (128).
+    """
+    x = rotate(x.float() if columns is None else x.float().index_fill(1, columns, 0.0), rotated)
+    scale = (x.abs().amax(1) / 127).clamp(min=2.0**-126)  # its reciprocal is finite
+    scale = scale.where(x.isfinite().all(1), torch.nan)
+    steps = (x * (1 / scale)[:, None]).nan_to_num(0).round().clamp(-127, 127)
+    return (steps + 128).to(torch.uint8), scale
+
+
+def quantized_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+) -> Tensor:  # fmt: skip
+    """x [T, K], weight [N, K] int8, scales [N], bias [N] → q(x)·(scales·weight)ᵀ + x[:, columns]·exactᵀ + bias [T, N].
+
+    q: `quantize_rows`, which leaves out columns [C], multiplied with exact [N, C] instead (Dettmers et al. 2022,
+    "LLM.int8()"), and rotates blocks of `rotated`. activation: "", or GELU by erf ("none") or tanh ("tanh").
+    """
+    quantized, scale = quantize_rows(x, columns, rotated)
+    sums = (quantized.double() - 128) @ weight.double().T  # [T, N], integers
+    y = sums * up(scale)[:, None] * up(scales)
+    if columns is not None and exact is not None:
+        y = y + up(x)[:, columns] @ up(exact).T
+    y = y if bias is None else y + up(bias)
+    return (gelu(y, activation) if activation else y).to(x.dtype)

@@ -149,6 +149,8 @@ class Op:
             kind = "differentiate the op it belongs to"
         elif self.name == "encoder_forward":
             kind = "it is for inference; the ops of a layer can"
+        elif self.name == "quantized_linear":
+            kind = "int8 products are for inference: train the model before fastbert.quantize"
         else:
             kind = "its outputs are discrete"
         raise NotImplementedError(NO_BACKWARD.format(self.name, kind))

@@ -215,11 +215,25 @@ def encoder_forward(draw: Draw) -> Calls:
     yield "tanh", (*call, "tanh")
 
 
+def quantized_linear(draw: Draw) -> Calls:
+    hidden, inner = draw.sizes.hidden, draw.sizes.inner
+    x, weight = draw.rows(hidden), (draw.integers(255, inner, hidden) - 127).to(torch.int8)
+    scales, bias = draw.normal(inner, scale=1e-3, mean=5e-3, dtype=torch.float32), draw.normal(inner, scale=0.1)
+    yield "a bias", (x, weight, scales, bias)
+    yield "erf", (x, weight, scales, bias, None, None, 1, "none")
+    columns = torch.tensor([3, hidden - 1])
+    exact = draw.normal(inner, 2, scale=hidden**-0.5, dtype=torch.float32)
+    weight, x = weight.index_fill(1, columns, 0), x.clone()
+    x[:, columns] *= 100
+    yield "exact columns with outliers, no bias", (x, weight, scales, None, columns, exact)
+    yield "the same rotated, a bias, tanh", (x, weight, scales, bias, columns, exact, 8, "tanh")
+
+
 MAKERS: dict[str, Callable[[Draw], Calls]] = {
     maker.__name__: maker
     for maker in (
         unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
-        bias_gelu, encoder_forward,
+        bias_gelu, encoder_forward, quantized_linear,
     )
 }  # fmt: skip
 

@@ -105,16 +105,23 @@ class Spec:
 
 
 def cast(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Arguments:
-    """Floating tensors in `dtype`, all tensors on `device`, those in lists too."""
+    """Floating tensors in `dtype`, all tensors on `device`, those in lists too.
+
+    What is float32 beside 16-bit ones stays so (scales).
+    """
 
     def one(a: Any) -> Any:
         if isinstance(a, list):
             return [one(inner) for inner in a]
         if not isinstance(a, torch.Tensor):
             return a
-        return a.to(device, dtype) if a.is_floating_point() else a.to(device)
+        return a.to(device, dtype) if is_rounded(a, dtype) else a.to(device)
 
     return tuple(one(a) for a in arguments)
+
+
+def is_rounded(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.is_floating_point() and not (tensor.dtype == torch.float32 and dtype.itemsize == 2)
 
 
 # attention
@@ -268,6 +275,27 @@ def encoder_forward_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str
     yield "two layers, tanh", (*call, layer("0") + layer("1"), case.heads, case.dim**-0.5, 1e-5, "tanh")
 
 
+def quantized_linear_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Arguments]]:
+    hidden, wide = case.hidden, case.intermediate
+    x, weight = normal(case.tokens, hidden, like="x"), normal(wide, hidden, like="w1", scale=hidden**-0.5)
+    bias, scales = normal(wide, like="b1", scale=0.1), (weight.abs().amax(1) / 127).float()
+    rounded = (weight / scales[:, None]).round().to(torch.int8)
+    yield "", (x, rounded, scales, bias)
+    yield "erf", (x, rounded, scales, bias, None, None, 1, "none")
+    columns = torch.tensor([hidden - 1, 2])  # as they may come: in any order
+    exact, rounded = weight[:, columns].float(), rounded.index_fill(1, columns, 0)
+    outliers = x.clone()
+    outliers[:, columns] *= 1e3
+    yield "exact columns", (outliers, rounded, scales, bias, columns, exact)
+    whole = torch.round(outliers * 64) / 64  # whose sums are exact in every order
+    width = hidden & -hidden  # the greatest power of two that divides it
+    yield "rotated", (whole.clamp(-2e3, 2e3), rounded, scales / width, bias, columns, exact, width)
+    x = x.clone()
+    x[1::3] = 0
+    x[2::3, 1] = 1e4  # an outlier that is in no exact column
+    yield "zeros, outliers, no bias, tanh", (x, rounded, scales, None, columns, exact, 1, "tanh")
+
+
 ATTENTION = Spec(ops.attention, attention_inputs, stock.attention_and_lse)
 ADD_LAYER_NORM = Spec(ops.add_layer_norm, add_layer_norm_inputs, add_layer_norm_stock, rows=(0, 2))
 EMBED_LAYER_NORM = Spec(ops.embed_layer_norm, embed_layer_norm_inputs, embed_layer_norm_stock, rows=())
@@ -276,4 +304,5 @@ LINEAR_GELU = Spec(ops.linear_gelu, linear_gelu_inputs, stock.linear_gelu_and_pr
 FEED_FORWARD = Spec(ops.feed_forward, feed_forward_inputs, stock.feed_forward_and_pre, weights=(1, 3))
 BIAS_GELU = Spec(ops.bias_gelu, bias_gelu_inputs, stock.bias_gelu)
 ENCODER_FORWARD = Spec(ops.encoder_forward, encoder_forward_inputs, stock.encoder_forward, weights=(3,))
+QUANTIZED_LINEAR = Spec(ops.quantized_linear, quantized_linear_inputs, stock.quantized_linear)
 SPECS = (ATTENTION, ADD_LAYER_NORM, EMBED_LAYER_NORM, LINEAR, LINEAR_GELU, FEED_FORWARD, BIAS_GELU)

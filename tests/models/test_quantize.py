@@ -1,0 +1,182 @@
+"""int8: how near MiniLM's outputs stay, saving and loading, packing, what is refused in words."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import fastbert
+from fastbert import checkpoint, ops, workloads
+from fastbert.models.quantized import QuantizedLinear
+
+ERROR, COSINE = 3e-2, 0.999  # relative, of the last hidden state; of mean-pooled embeddings
+
+
+def small(kind: str = "BertModel", **more):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=120, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        max_position_embeddings=40, **more,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config).eval()
+
+
+def batch(lengths: tuple[int, ...] = (7, 3, 12)) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 120, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs)[0]
+
+
+def minilm_errors(texts: int, length: int) -> tuple[float, float]:
+    """The relative error of the last hidden state at real tokens, and the least cosine of a text's embedding."""
+    folder = checkpoint.demo_folder()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    stock = transformers.AutoModel.from_pretrained(folder).eval()
+    ours = fastbert.accelerate(fastbert.quantize(copy.deepcopy(stock)))
+    made = workloads.batches(
+        "docstrings", vocab_size=30522, tokenizer=tokenizer, max_length=length, max_texts=texts, sort=True
+    )
+    wrong = size = 0.0
+    least = 1.0
+    for part in made.batches:
+        a, b = (outputs(model, part.inputs()).double() for model in (ours, stock))
+        real = part.attention_mask[..., None]
+        wrong += float(((a - b) * real).square().sum())
+        size += float((b * real).square().sum())
+        pooled = ((x * real).sum(1) / real.sum(1) for x in (a, b))
+        least = min(least, float(torch.cosine_similarity(*pooled).min()))
+    assert set(ours._fastbert.calls) == {""}
+    return (wrong / size) ** 0.5, least
+
+
+def test_minilm_stays_near_on_real_texts():
+    error, cosine = minilm_errors(16, 128)
+    print(f"relative error {error:.4f}, least cosine {cosine:.5f}")
+    assert error <= ERROR and cosine >= COSINE
+
+
+@pytest.mark.slow
+def test_minilm_stays_near_on_2000_texts():
+    error, cosine = minilm_errors(2000, 256)
+    print(f"relative error {error:.4f}, least cosine {cosine:.5f}")
+    assert error <= ERROR and cosine >= COSINE
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM"])
+def test_saved_and_loaded_it_is_the_same_bits(kind, tmp_path):
+    model = fastbert.quantize(small(kind))
+    model.save_pretrained(tmp_path)
+    loaded = fastbert.load_quantized(tmp_path)
+    assert type(loaded) is type(model) and not loaded.training
+    for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other and a.dtype == b.dtype and torch.equal(a, b), name
+    assert torch.equal(outputs(model, batch()), outputs(loaded, batch()))
+
+
+def test_copies_and_pickles_carry_int8():
+    model = fastbert.quantize(small())
+    before = outputs(model, batch())
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert made.encoder.layer[0].output.dense.int8_weight.dtype == torch.int8
+        assert torch.equal(outputs(made, batch()), before)
+
+
+def test_an_accelerated_model_runs_its_products_in_int8():
+    """Query, key and value as one; GELU in the first product's op; the numbers are the modules' own."""
+    model = fastbert.quantize(small())
+    alone = outputs(model, batch())
+    fastbert.accelerate(model)
+    with ops.record() as calls:
+        fast = outputs(model, batch())
+    assert [call.shapes[1] for call in calls if call.op == "quantized_linear"] == [
+        (144, 48), (48, 48), (96, 48), (48, 96)
+    ] * 2  # fmt: skip
+    assert not {"linear", "feed_forward", "linear_gelu"} & {call.op for call in calls}
+    real = batch()["attention_mask"].bool()
+    torch.testing.assert_close(fast[real], alone[real], rtol=0.05, atol=0.05)  # a step of int8 may flip
+    assert "quantized: the layers' products run in int8" in str(fastbert.explain(model))
+    assert model._fastbert.cache.nbytes() > 0
+    assert torch.equal(outputs(fastbert.restore(model), batch()), alone)
+
+
+def test_a_text_does_not_depend_on_its_neighbours():
+    model = fastbert.accelerate(fastbert.quantize(small()))
+    together = outputs(model, batch((7, 3, 12, 1)))
+    for row, length in enumerate((7, 3, 12, 1)):
+        ids = batch((7, 3, 12, 1))["input_ids"][row : row + 1, :length]
+        assert torch.equal(outputs(model, {"input_ids": ids})[0], together[row, :length])
+
+
+def test_scales_stay_in_fp32():
+    model = fastbert.quantize(small()).bfloat16()
+    dense = model.encoder.layer[0].output.dense
+    assert dense.scales.dtype == dense.exact.dtype == torch.float32 and dense.bias.dtype == torch.bfloat16
+    assert outputs(fastbert.accelerate(model), batch()).dtype == torch.bfloat16
+
+
+def test_columns_with_outliers_are_exact():
+    """A column a thousand times larger than the others costs them nothing."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 10), torch.randn(20, 48)
+    x[:, 5] *= 1000
+    exact = linear(x)
+    near, far = (QuantizedLinear.of(linear, torch.tensor(columns))(x) - exact for columns in ([5], [6]))
+    assert near.norm() < 0.02 * exact.norm() and near.abs().max() < 0.1
+    assert far.norm() > 10 * near.norm()
+
+
+def test_training_is_refused_in_words():
+    model = fastbert.accelerate(fastbert.quantize(small().train()))
+    with pytest.raises(NotImplementedError, match=r"train the model before fastbert\.quantize"):
+        model(**batch()).last_hidden_state.sum().backward()
+
+
+class Int8Linear(nn.Linear):
+    """As another library would put it there."""
+
+
+def by_others(model):
+    model.encoder.layer[0].output.dense = Int8Linear(96, 48)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: "bert", TypeError, "fastbert.quantize takes a torch.nn.Module, not str"),
+        (lambda: nn.Linear(2, 2), ValueError, "holds no model that fastbert accelerates; it knows BertModel"),
+        (lambda: fastbert.quantize(small()), ValueError, "it is quantized already"),
+        (lambda: by_others(small()), ValueError, "Int8Linear on a Parameter, not a plain torch.nn.Linear"),
+        (lambda: small().to("meta"), ValueError, "its weights are on the meta device: load them first"),
+    ],
+)
+def test_what_cannot_be_quantized_is_said(make, error, words):
+    model = make()
+    with pytest.raises(error, match=words):
+        fastbert.quantize(model)
+
+
+def test_lora_is_to_be_merged_first():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small(), peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="query holds a LoRA adapter: merge it first"):
+        fastbert.quantize(model)
+    fastbert.quantize(model.merge_and_unload())
+
+
+def test_a_folder_that_is_not_quantized_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        fastbert.load_quantized(tmp_path)
+    small().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not quantized by fastbert: load it with from_pretrained"):
+        fastbert.load_quantized(tmp_path)
