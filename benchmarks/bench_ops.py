@@ -26,7 +26,7 @@ BACKENDS = [(op.name, b.name) for op in ops.ALL for b in op.order(DEVICE) if b.n
 @pytest.mark.parametrize(("op", "backend"), BACKENDS, ids=lambda value: value)
 @torch.no_grad()  # stock gradients need tensors that autograd takes
 def test_op(benchmark: Any, op: str, backend: str, case: Case, dtype: str) -> None:
-    call = op_calls(case, DTYPES[dtype], DEVICE)[op]()
+    call = op_calls(case, DTYPES[dtype], DEVICE)[op]().on(backend)
     if reasons := stock.OPS[op].reasons(stock.OPS[op].backends[backend], *call.arguments):
         pytest.skip("; ".join(reasons))
     passed, words = stock.verdict(call, backend)

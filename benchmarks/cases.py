@@ -121,6 +121,11 @@ class OpCall:
     bytes_moved: int  # every argument and result once
     forward: OpCall | None = None  # of a backward op: the call whose gradients it computes
 
+    def on(self, backend: str) -> OpCall:
+        """The call with its weights as a backend takes them."""
+        op = OPS[self.op]
+        return dataclasses.replace(self, arguments=op.packed(op.backends[backend], self.arguments))
+
     def run(self) -> Any:
         """Calls the op on the backend that is chosen by itself, or by `use_backend`."""
         return OPS[self.op](*self.arguments)
@@ -154,8 +159,8 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    def weight(n: int, k: int) -> torch.Tensor | ops.PackedWeight:
-        return ops.pack_weight(randn(n, k) * k**-0.5)
+    def weight(n: int, k: int) -> torch.Tensor:
+        return randn(n, k) * k**-0.5
 
     def mask() -> torch.Tensor:
         column = torch.arange(width, device=device)
@@ -213,10 +218,27 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
     def bias_gelu() -> OpCall:
         return OpCall("bias_gelu", (randn(tokens, inner), randn(inner)), 0, 2 * tokens * inner * size)
 
+    def encoder_forward() -> OpCall:
+        none = randn(0)
+
+        def product(n: int, k: int) -> tuple[torch.Tensor, ...]:
+            return weight(n, k), none, none, randn(n)
+
+        gains = randn(hidden), randn(hidden)
+        layer = [
+            *product(3 * hidden, hidden), *product(hidden, hidden), *gains, *product(inner, hidden),
+            *product(hidden, inner), *gains,
+        ]  # fmt: skip
+        call = randn(tokens, hidden), bounds(), width, layer, case.heads, case.dim**-0.5, 1e-12
+        products = 2 * tokens * (4 * hidden * hidden + 2 * hidden * inner)
+        scores = 4 * sum(n * n for n in lengths) * hidden
+        return OpCall("encoder_forward", call, products + scores, size * (12 * hidden * hidden + 2 * tokens * hidden))
+
     def quantized_linear() -> OpCall:
         weight = torch.randint(-127, 128, (inner, hidden), generator=generator, device=device, dtype=torch.int8)
         scales = torch.full((inner,), hidden**-0.5 / 127, device=device)
-        arguments = (randn(tokens, hidden), weight, scales, randn(inner), None, None, math.gcd(hidden, 128), "none")
+        x = torch.round(randn(tokens, hidden) * 64) / 64  # whose sums are exact in every order
+        arguments = (x, weight, scales, randn(inner), None, None, math.gcd(hidden, 128), "none")
         moved = size * tokens * (hidden + inner) + hidden * inner
         return OpCall("quantized_linear", arguments, 2 * tokens * hidden * inner, moved)
 
@@ -237,7 +259,7 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
 
     makers = (
         unpad, pad, embed_layer_norm, dropout_bits, attention, add_layer_norm, linear, linear_gelu, feed_forward,
-        bias_gelu, quantized_linear,
+        bias_gelu, encoder_forward, quantized_linear,
     )  # fmt: skip
     calls = {maker.__name__: maker for maker in makers}
     gradients = ((OPS[name].gradient, maker) for name, maker in calls.items())

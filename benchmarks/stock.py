@@ -260,7 +260,7 @@ def plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         a.to_dense()
         if isinstance(a, ops.PackedWeight)
         else plain_layers(a, arguments[0].shape[1])
-        if isinstance(a, list)
+        if isinstance(a, list) and isinstance(a[0], Tensor)
         else a
         for a in arguments
     )
@@ -344,7 +344,8 @@ def verdict(call: OpCall, backend: str) -> tuple[bool, str]:
     op = OPS[call.op]
     expected, base = ref_and_base(call)
     with ops.use_backend(backend):
-        got = dict(zip(op.returns(), outputs(op(*call.arguments)), strict=True))
+        given = op.packed(op.backends[backend], call.arguments)
+        got = dict(zip(op.returns(), outputs(op(*given)), strict=True))
     wanted = call.arguments[-1] if op.arguments()[-1] == "needed" else [True] * len(got)
     names = [name for name, want in zip(got, wanted, strict=True) if want]
     found = []

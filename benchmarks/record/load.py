@@ -64,7 +64,7 @@ def load(op: str, backend: str, kind: str, sizes: Sizes, device: str) -> Line:
     refused: list[str] = []
     calls, begin = 0, time.perf_counter()
     for call in sample_calls(BY_NAME[op], sizes, getattr(torch, kind)):
-        arguments = moved_to(call.arguments, place)
+        arguments = BY_NAME[op].packed(kernel, moved_to(call.arguments, place))
         if reasons := kernel.reasons(*arguments):
             refused.append(f"{call.what}: {'; '.join(reasons)}")
             continue

@@ -48,11 +48,12 @@ def timed_op(setting: Setting, case: Case, name: str, call: OpCall) -> Iterator[
         if not passed:
             yield {**line, "backend": backend, "note": f"no speed: parity failed: {words}"}
             continue
-        candidates[backend, ""] = on_backend(backend, call.run), {}
+        candidates[backend, ""] = on_backend(backend, call.on(backend).run), {}
         if backend in OWN or setting.dry_run:
             for variant, other in variants(call):
                 if not setting.backends(other.op, other.arguments).get(backend, ["absent"]):
-                    candidates[backend, variant] = on_backend(backend, other.run), costs(setting, other, name)
+                    run = on_backend(backend, other.on(backend).run)
+                    candidates[backend, variant] = run, costs(setting, other, name)
     for rival, made in rivals(call):
         try:
             candidates[rival, ""] = made(), {}

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = f"{op.name} {backend.name} {str(dtype).removeprefix('torch.')}"
             try:
                 for call in sample_calls(op, TINY, dtype):
-                    given = moved_to(call.arguments, place)
+                    given = op.packed(backend, moved_to(call.arguments, place))
                     if not backend.reasons(*given):
                         backend.run(*given)
                         limits.synchronize(device)

@@ -123,7 +123,8 @@ class Setting:
         for backend in stock.OPS[op].order(self.place.type):
             if backend.name != "reference":
                 failure = self.failure(op, backend.name, arguments)
-                found[backend.name] = [failure] if failure else stock.OPS[op].reasons(backend, *arguments)
+                given = stock.OPS[op].packed(backend, arguments)
+                found[backend.name] = [failure] if failure else stock.OPS[op].reasons(backend, *given)
         return found
 
     def failure(self, op: str, backend: str, arguments: tuple[Any, ...]) -> str:

@@ -155,7 +155,8 @@ def is_one(value: Any, choosers: set[Any]) -> bool:
 def modules() -> list[ModuleType]:
     """The modules of kernels: all, as one that is imported later would keep what is replaced for a while."""
     for op in ops.FORWARD:
-        kernels.kernel(op.name)
+        if "triton" in op.backends:
+            kernels.kernel(op.name)
     return [module for name, module in list(sys.modules.items()) if name.startswith(f"{kernels.PACKAGE}.")]
 
 

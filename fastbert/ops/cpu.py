@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastbert import native
 from fastbert.ops import cuda
-from fastbert.ops.encoder import NORMS, TENSORS
+from fastbert.ops.encoder import NORMS, TENSORS, WEIGHTS
 from fastbert.ops.packed import PackedWeight, PanelWeight, panels_of
 from fastbert.ops.registry import Backend
 
@@ -142,7 +142,7 @@ def encoder_forward_reasons(
     approximate: str = "none",
 ) -> list[str]:  # fmt: skip
     reasons = cuda.dtype_reasons(x=x, bias=tensors[3]) + ([] if scale > 0 else [f"scale {scale} is not over 0"])
-    if any(tensors[place].dim() != 4 for place in (0, 4, 10, 14)):
+    if any(tensors[place].dim() != 4 for place in WEIGHTS):
         reasons.append("the weights are not packed for it (ops.pack_weight)")
     return reasons
 
@@ -187,7 +187,7 @@ def cpu_backends(name: str) -> list[Backend]:
             raise
 
     if name == "encoder_forward":
-        return [Backend("cpu", encoder_forward, refuse, devices=("cpu",))]
+        return [Backend("cpu", encoder_forward, refuse, devices=("cpu",), pack=pack_weight)]
     if name in PRODUCTS:
         return [Backend("cpu", PRODUCTS[name], refuse, devices=("cpu",), pack=pack_weight)]
     return [Backend("cpu", run, refuse, devices=("cpu",))]

@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.ops.packed import from_panels
+from fastbert.ops.packed import Pack, PanelWeight, from_panels
 
 # Of a layer: weight, scales, sums and bias of the products QKV [3·N·D, H] and out [H, N·D]; gamma and beta [H]; the
 # same four of the feed-forward's products [I, H] and [H, I]; gamma and beta [H]. A weight may stand in panels; scales
 # and sums are those of int8 weights, else empty.
 TENSORS = 20
+WEIGHTS = (0, 4, 10, 14)
 NORMS = (8, 9, 18, 19)  # gammas and betas
+
+
+def packed_layers(tensors: Sequence[Tensor], pack: Pack) -> list[Tensor]:
+    """The tensors with their plain weights in panels, as `pack` makes them; itself where it makes none."""
+    found = list(tensors)
+    for i, tensor in enumerate(tensors):
+        if i % TENSORS in WEIGHTS and tensor.dim() == 2:
+            packed = pack(tensor)
+            found[i] = packed.panels if isinstance(packed, PanelWeight) else tensor
+    return found
 
 
 def layers_of(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

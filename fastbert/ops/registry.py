@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastbert.ops import self_check
+from fastbert.ops.encoder import packed_layers
 from fastbert.ops.packed import Pack, PackedWeight
 from fastbert.proven import OWN
 
@@ -265,7 +266,13 @@ class Op:
         pack, named = backend.pack, zip(self.arguments(), args, strict=False)  # trailing defaults may be left out
         if pack is None:
             return args
-        return tuple(pack(a) if name in WEIGHTS and isinstance(a, torch.Tensor) else a for name, a in named)
+
+        def one(name: str, a: Any) -> Any:
+            if isinstance(a, list) and name == "tensors":
+                return packed_layers(a, pack)
+            return pack(a) if name in WEIGHTS and isinstance(a, torch.Tensor) else a
+
+        return tuple(one(name, a) for name, a in named)
 
     def explain(self, *args: Any) -> str:
         """In words, why no candidate takes this call."""

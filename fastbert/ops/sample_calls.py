@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import reference
-from fastbert.ops.packed import NUMBERS, panels_of
 from fastbert.ops.reference import LENGTH_CLASSES
 
 if TYPE_CHECKING:
@@ -200,11 +199,10 @@ def bias_gelu(draw: Draw) -> Calls:
 
 def encoder_forward(draw: Draw) -> Calls:
     sizes, hidden, inner, none = draw.sizes, draw.sizes.hidden, draw.sizes.inner, torch.empty(0)
-    kind = torch.float32 if draw.dtype == torch.float16 else draw.dtype  # as the products' weights are packed
 
     def product(n: int, k: int) -> tuple[Tensor, ...]:
         weight, bias = draw.weight(n, k)
-        return panels_of(weight.to(kind)) if kind in NUMBERS else weight, none, none, bias
+        return weight, none, none, bias
 
     layer = (
         *product(3 * hidden, hidden), *product(hidden, hidden), *draw.gains(), *product(inner, hidden),

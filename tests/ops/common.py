@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from fastbert import ops
+from fastbert.ops.encoder import packed_layers
 from fastbert.parity import judge
 from tests import emulated, interpreter
 from tests.ops.cases import CASES, NO_TOKENS, Arguments, Case, Spec, cast
@@ -29,15 +31,6 @@ def arguments_of(spec: Spec, arguments: Arguments, dtype: torch.dtype, backend: 
     return tuple(found)
 
 
-WEIGHTS = (0, 4, 10, 14)  # of a layer's tensors
-
-
-def in_panels(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as `encoder_forward` takes it packed."""
-    packed = ops.pack_weight(weight, "cpu")
-    return packed.panels if isinstance(packed, ops.PanelWeight) else packed
-
-
 class Backend:
     """A backend to test: its name, a device, and whether matrices come packed."""
 
@@ -47,7 +40,7 @@ class Backend:
     def pack(self, weight: Any) -> Any:
         """A weight as the backend wants it, the reference, which wants none, as torch's; of layers those of each."""
         if isinstance(weight, list):
-            return [in_panels(x) if i % ops.LAYER_TENSORS in WEIGHTS else x for i, x in enumerate(weight)]
+            return packed_layers(weight, functools.partial(ops.pack_weight, backend="cpu"))
         return ops.pack_weight(weight, "cpu" if self.name == "cpu" else "torch")
 
     @property
