@@ -222,7 +222,7 @@ def op_calls(case: Case, dtype: torch.dtype, device: str) -> dict[str, Callable[
         none = randn(0)
 
         def product(n: int, k: int) -> tuple[torch.Tensor, ...]:
-            return weight(n, k), none, none, randn(n)
+            return weight(n, k), *[none] * 4, randn(n)
 
         gains = randn(hidden), randn(hidden)
         layer = [

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops, parity
-from fastbert.ops.packed import from_panels
+from fastbert.ops import encoder
 from fastbert.ops.sample_calls import outputs
 
 if TYPE_CHECKING:
@@ -203,11 +203,12 @@ def encoder_forward(
     """BertEncoder: BertLayer after BertLayer."""
     for start in range(0, len(tensors), ops.LAYER_TENSORS):
         layer = tensors[start : start + ops.LAYER_TENSORS]
-        qkv, out, first, second = ((layer[place], layer[place + 3]) for place in (0, 4, 10, 14))
+        qkv, out, first, second = ((layer[place], layer[place + encoder.BIAS]) for place in encoder.WEIGHTS)
+        gamma1, beta1, gamma2, beta2 = (layer[place] for place in encoder.NORMS)
         rows = F.linear(x, *qkv).view(len(x), 3, heads, -1)
         context = attention(rows, cu_seqlens, max_seqlen, scale).flatten(1)
-        h = add_layer_norm(F.linear(context, *out), None, x, layer[8], layer[9], eps)
-        x = add_layer_norm(feed_forward(h, *first, *second, approximate), None, h, layer[18], layer[19], eps)
+        h = add_layer_norm(F.linear(context, *out), None, x, gamma1, beta1, eps)
+        x = add_layer_norm(feed_forward(h, *first, *second, approximate), None, h, gamma2, beta2, eps)
     return x
 
 
@@ -268,12 +269,12 @@ def plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def plain_layers(tensors: list[Tensor], hidden: int) -> list[Tensor]:
     """The tensors of layers of encoder_forward with the weights taken out of their panels."""
-    found = list(tensors)
+    found, out, second = list(tensors), encoder.WEIGHTS[1], encoder.WEIGHTS[3]
     for start in range(0, len(found), ops.LAYER_TENSORS):
-        widths = {0: hidden, 4: found[start + 3].shape[0] // 3, 10: hidden, 14: found[start + 13].shape[0]}
-        for place, width in widths.items():
-            weight, rows = found[start + place], found[start + place + 3].shape[0]
-            found[start + place] = weight if weight.dim() == 2 else from_panels(weight, (rows, width))
+        biases = {place: found[start + place + encoder.BIAS] for place in encoder.WEIGHTS}
+        for place, bias in biases.items():
+            width = {out: biases[0].shape[0] // 3, second: biases[encoder.WEIGHTS[2]].shape[0]}.get(place, hidden)
+            found[start + place] = encoder.plain(found[start + place], bias, width)
     return found
 
 

@@ -19,13 +19,18 @@ enum class Weights { float32, bfloat16, int8 };
 constexpr int kPanel = 32;  // rows of a weight that stand side by side when it is packed
 
 // weight [columns, inner] packed: [panels of columns][words of inner][kPanel] words, zeros where there is none. The same
-// for every instruction set. int8: scales and sums (over inner) [panels · kPanel].
+// for every instruction set. Of int8 also what a step is and the sum of each of its columns [columns]; the columns of x
+// that are multiplied in float32 instead, [exact_count] of them, with exact [panels][exact_count][kPanel]; the others are
+// rotated in blocks of so many, a power of two that divides inner.
 struct PackedWeight {
   const void* words;
   Weights kind;
   int64_t columns, inner;
   const float* scales;
   const int32_t* sums;
+  const int64_t* exact_columns;
+  const float* exact;
+  int64_t exact_count, rotated;
 };
 
 // static, as all functions here: of the files compiled for several instruction sets none may share one
@@ -55,10 +60,11 @@ struct Linear {
 constexpr int64_t kBlockBytes = 1 << 19;  // of packed rows of x: with a panel of the weight they fit a second cache
 
 // Bytes of memory, on a line of the cache, that a task of so many rows needs with any instruction set: packed rows, in
-// whole blocks or one tile of 16, what a row's bytes are one step, a tile's sums and a row of bytes.
-static constexpr int64_t linear_memory(int64_t words, int64_t rows) {
-  const int64_t tile = 4 * 16 * (2 * words + 16);
-  return (tile > kBlockBytes ? tile : kBlockBytes) + 4 * (rows + 32) + 4 * 16 * kPanel + 4 * (2 * words + 32) + 4 * 64;
+// whole blocks or one tile of 16, their scales, a tile's sums twice, a row, a tile's rows of bytes.
+static inline int64_t linear_memory(const PackedWeight& weight, int64_t rows) {
+  const int64_t words = inner_words(weight), tile = 4 * 16 * (2 * words + 16 + weight.exact_count);
+  const int64_t bytes = weight.kind == Weights::int8 ? 4 * (weight.inner + 64) + 4 * 16 * (2 * words + 64) : 0;
+  return (tile > kBlockBytes ? tile : kBlockBytes) + 4 * (rows + 32) + 2 * 4 * 16 * kPanel + bytes + 6 * 64;
 }
 
 // The rows [first, last) of the panels [first_panel, last_panel) of out; memory: `linear_memory` bytes.

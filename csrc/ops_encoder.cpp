@@ -17,37 +17,57 @@ using cpu::Linear;
 constexpr int64_t kTaskRows = 112;  // of a product: with them in a core's second cache, its weight passes once
 constexpr int64_t kFewRows = 28;  // up to here a thread's rows are too few to pay for passing a whole weight
 
-// [panels, words, kPanel, numbers in a word]; of int8 also scales and sums over inner [panels, kPanel]
-cpu::PackedWeight packed_weight(const Tensor& words, const Tensor* scales, const Tensor* sums, int64_t columns,
-                                int64_t inner) {
+// The tensors of a packed weight, as torch hands them over.
+struct WeightTensors {
+  const Tensor& words;  // [panels, words, kPanel, numbers in a word]
+  // of int8: what a step of each row is and the sum of each row [columns]; the columns in float32 [C] and their panels
+  const Tensor *scales, *sums, *exact_columns, *exact;
+};
+
+bool is_dense(const Tensor& tensor, ScalarType dtype, int64_t size) {
+  return tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size;
+}
+
+// rotated: columns are rotated in blocks of the greatest number that divides both it and inner
+cpu::PackedWeight packed_weight(const WeightTensors& tensors, int64_t columns, int64_t inner, int64_t rotated) {
+  const Tensor& words = tensors.words;
   const ScalarType dtype = words.scalar_type();
   check(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Char,
         "linear: a packed weight is none of float32, bfloat16 and int8");
   const auto kind = dtype == ScalarType::Float      ? cpu::Weights::float32
                     : dtype == ScalarType::BFloat16 ? cpu::Weights::bfloat16
                                                     : cpu::Weights::int8;
-  cpu::PackedWeight weight = {words.data_ptr(), kind, columns, inner, nullptr, nullptr};
+  cpu::PackedWeight weight = {words.data_ptr(), kind, columns, inner};
+  weight.rotated = 1;
   const int64_t panels = cpu::panels_of(columns);
   check(words.dim() == 4 && words.is_contiguous() && words.size(0) == panels &&
             words.size(1) == cpu::inner_words(weight) && words.size(2) == cpu::kPanel &&
             words.size(3) == cpu::words_each(kind),
         "linear: a packed weight has another shape than [panels, words, 32, numbers in a word]");
-  if (kind == cpu::Weights::int8) {
-    check(scales != nullptr && scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
-              sums->scalar_type() == ScalarType::Int && sums->is_contiguous() &&
-              scales->numel() == panels * cpu::kPanel && sums->numel() == panels * cpu::kPanel,
-          "linear: a weight of int8 needs scales and sums, [panels, 32] float32 and int32");
-    weight.scales = floats(*scales);
-    weight.sums = ints(*sums);
-  }
+  if (kind != cpu::Weights::int8) return weight;
+  check(tensors.scales != nullptr && is_dense(*tensors.scales, ScalarType::Float, columns) &&
+            is_dense(*tensors.sums, ScalarType::Int, columns),
+        "linear: a weight of int8 needs scales and sums, [N] float32 and int32");
+  weight.scales = floats(*tensors.scales);
+  weight.sums = ints(*tensors.sums);
+  weight.exact_count = tensors.exact_columns->numel();
+  check(is_dense(*tensors.exact_columns, ScalarType::Long, weight.exact_count) &&
+            is_dense(*tensors.exact, ScalarType::Float, panels * weight.exact_count * cpu::kPanel),
+        "linear: a weight's exact columns are not [C] int64 and [panels, C, 32] float32");
+  weight.exact_columns = static_cast<const int64_t*>(tensors.exact_columns->data_ptr());
+  const int64_t* const last = weight.exact_columns + weight.exact_count;
+  check(std::all_of(weight.exact_columns, last, [=](int64_t i) { return i >= 0 && i < inner; }),
+        "linear: an exact column is none of the weight's");
+  weight.exact = floats(*tensors.exact);
+  while (weight.rotated < rotated && inner % (2 * weight.rotated) == 0) weight.rotated *= 2;
   return weight;
 }
 
-// A weight as torch hands it over: one tensor, or three of int8.
-cpu::PackedWeight packed_weight(const std::vector<Tensor>& parts, int64_t columns, int64_t inner) {
-  check(parts.size() == 1 || parts.size() == 3, "linear: a packed weight is one tensor, or three of int8");
-  return parts.size() == 1 ? packed_weight(parts[0], nullptr, nullptr, columns, inner)
-                           : packed_weight(parts[0], &parts[1], &parts[2], columns, inner);
+// One tensor, or five of int8.
+cpu::PackedWeight packed_weight(const std::vector<Tensor>& parts, int64_t columns, int64_t inner, int64_t rotated = 1) {
+  check(parts.size() == 1 || parts.size() == 5, "linear: a packed weight is one tensor, or five of int8");
+  if (parts.size() == 1) return packed_weight({parts[0], nullptr, nullptr, nullptr, nullptr}, columns, inner, 1);
+  return packed_weight({parts[0], &parts[1], &parts[2], &parts[3], &parts[4]}, columns, inner, rotated);
 }
 
 // A bias [columns] of the dtype of a call, or none.
@@ -65,7 +85,7 @@ class Workers {
   Workers(std::initializer_list<const cpu::PackedWeight*> weights, int64_t rows, int64_t more = 0)
       : threads_(torch::stable::get_num_threads()), products_(0), more_(more) {
     for (const auto* weight : weights) {
-      products_ = std::max(products_, cpu::linear_memory(cpu::inner_words(*weight), rows));
+      products_ = std::max(products_, cpu::linear_memory(*weight, rows));
     }
     products_ = (products_ + 63) / 64 * 64;
     memory_ = allocate((products_ + more_) * threads_);
@@ -109,12 +129,12 @@ int64_t most_rows(int64_t rows, int64_t threads) { return is_few(rows, threads) 
 
 // x [T, K] -> activation(x · weightᵀ + bias) [T, columns] in x's dtype; activation: 0 none, 1 GELU by erf, 2 by tanh
 Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& parts, int64_t columns, const std::optional<Tensor>& bias,
-                  int64_t activation) {
+                  int64_t activation, int64_t rotated) {
   check(x.dim() == 2, "linear: x is not [T, K]");
   const Tensor rows = torch::stable::contiguous(x);
   const std::optional<Tensor> shift = contiguous(bias);
   const Dtype dtype = dtype_of(x);
-  const cpu::PackedWeight weight = packed_weight(parts, columns, x.size(1));
+  const cpu::PackedWeight weight = packed_weight(parts, columns, x.size(1), rotated);
   const Tensor out = empty(x, {x.size(0), columns}, x.scalar_type());
   const Workers workers({&weight}, most_rows(x.size(0), torch::stable::get_num_threads()));
   multiply({rows.data_ptr(), dtype, x.size(0), x.size(1), weight, bias_of(shift, columns, dtype), dtype,
@@ -189,22 +209,25 @@ struct Layer {
   const float *gamma1, *beta1, *gamma2, *beta2;
 };
 
-constexpr size_t kLayerTensors = 20;  // of each product: packed weight, scales, sums, bias; of each LayerNorm two
+// of each product: packed weight, scales, sums, exact columns, exact, bias; of each LayerNorm two
+constexpr size_t kLayerTensors = 28;
 
-Layer layer_of(const Tensor* tensors, int64_t hidden, int64_t inner, int64_t intermediate, Dtype dtype) {
+Layer layer_of(const Tensor* tensors, int64_t hidden, int64_t inner, int64_t intermediate, int64_t rotated,
+               Dtype dtype) {
   const auto weight = [&](int place, int64_t columns, int64_t width) {
-    return packed_weight(tensors[place], &tensors[place + 1], &tensors[place + 2], columns, width);
+    const Tensor* const parts = tensors + place;
+    return packed_weight({parts[0], parts + 1, parts + 2, parts + 3, parts + 4}, columns, width, rotated);
   };
-  const auto bias = [&](int place, int64_t columns) { return bias_of(tensors[place + 3], columns, dtype); };
+  const auto bias = [&](int place, int64_t columns) { return bias_of(tensors[place + 5], columns, dtype); };
   const auto gain = [&](int place) {
     const Tensor& tensor = tensors[place];
     check(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == hidden,
           "encoder_forward: a LayerNorm's gamma or beta is not [H] float32");
     return static_cast<const float*>(tensor.data_ptr());
   };
-  return {weight(0, 3 * inner, hidden), weight(4, hidden, inner), weight(10, intermediate, hidden),
-          weight(14, hidden, intermediate), bias(0, 3 * inner), bias(4, hidden), bias(10, intermediate),
-          bias(14, hidden), gain(8), gain(9), gain(18), gain(19)};
+  return {weight(0, 3 * inner, hidden), weight(6, hidden, inner), weight(14, intermediate, hidden),
+          weight(20, hidden, intermediate), bias(0, 3 * inner), bias(6, hidden), bias(14, intermediate),
+          bias(20, hidden), gain(12), gain(13), gain(26), gain(27)};
 }
 
 // The layers on packed tokens: what all of them share.
@@ -315,13 +338,14 @@ class Encoder {
   const Workers& workers_;
 };
 
-// x [T, H] float32 -> [T, H] behind all layers; tensors: kLayerTensors a layer, empty scales and sums where a weight is
-// not of int8. Attention and GELU's output are of the biases' dtype.
+// x [T, H] float32 -> [T, H] behind all layers; tensors: kLayerTensors a layer, empty ones where a weight is not of int8.
+// Attention and GELU's output are of the biases' dtype. rotated: as `packed_weight` takes it.
 Tensor encoder_forward(const Tensor& x, const Tensor& cu_seqlens, const std::vector<Tensor>& given, int64_t heads,
-                       int64_t dim, int64_t intermediate, double scale, double eps, bool is_tanh) {
+                       int64_t dim, int64_t intermediate, double scale, double eps, bool is_tanh,
+                       int64_t rotated) {
   check(x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.size(1) >= 1 && x.size(1) <= kMaxInt32,
         "encoder_forward: x is not [T, 1 or more] float32");
-  check(!given.empty() && given.size() % kLayerTensors == 0, "encoder_forward: the tensors are not 20 a layer");
+  check(!given.empty() && given.size() % kLayerTensors == 0, "encoder_forward: the tensors are not 28 a layer");
   check(heads >= 1 && dim >= 1 && 3 * heads * dim <= kMaxInt32 && scale > 0,
         "encoder_forward: heads, head dim or scale are not over 0");
   std::vector<Tensor> tensors;
@@ -333,11 +357,11 @@ Tensor encoder_forward(const Tensor& x, const Tensor& cu_seqlens, const std::vec
   const Tensor from = torch::stable::contiguous(x);
   std::copy(floats(from), floats(from) + tokens * hidden, floats(out));
   if (tokens == 0) return out;
-  const ScalarType scalar = tensors[3].scalar_type();
-  const Dtype dtype = dtype_of(tensors[3]);
+  const ScalarType scalar = tensors[5].scalar_type();
+  const Dtype dtype = dtype_of(tensors[5]);
   std::vector<Layer> layers;
   for (size_t i = 0; i < tensors.size(); i += kLayerTensors) {
-    layers.push_back(layer_of(&tensors[i], hidden, inner, intermediate, dtype));
+    layers.push_back(layer_of(&tensors[i], hidden, inner, intermediate, rotated, dtype));
   }
   const Tensor qkv = empty(x, {tokens, 3, heads, dim}, scalar), context = empty(x, {tokens, heads, dim}, scalar);
   const Tensor lse = empty(x, {heads, tokens}, ScalarType::Float);
@@ -362,13 +386,13 @@ Tensor encoder_forward(const Tensor& x, const Tensor& cu_seqlens, const std::vec
 }  // namespace fastbert
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastbert_native, m) {
-  m.def("packed_linear(Tensor x, Tensor[] weight, int columns, Tensor? bias, int activation) -> Tensor y");
+  m.def("packed_linear(Tensor x, Tensor[] weight, int columns, Tensor? bias, int activation, int rotated) -> Tensor y");
   m.def(
       "packed_feed_forward(Tensor x, Tensor[] w1, int intermediate, Tensor? b1, Tensor[] w2, int columns, Tensor? b2,"
       " bool is_tanh) -> Tensor y");
   m.def(
       "encoder_forward(Tensor x, Tensor cu_seqlens, Tensor[] tensors, int heads, int dim, int intermediate,"
-      " float scale, float eps, bool is_tanh) -> Tensor y");
+      " float scale, float eps, bool is_tanh, int rotated) -> Tensor y");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m) {

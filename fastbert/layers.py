@@ -129,11 +129,11 @@ class QuantizedProduct:
         rotated: how many columns a block of the rotation has.
     """
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     scales: Tensor
     bias: Tensor | None
     columns: Tensor
-    exact: Tensor
+    exact: Tensor | PackedWeight
     rotated: int
 
     def __call__(self, x: Tensor, activation: str = "") -> Tensor:

@@ -22,6 +22,7 @@ MADE_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "linear_gelu": ("linear",),
         "feed_forward": ("linear",),
+        "quantized_linear": ("linear",),
         "encoder_forward": ("linear", "attention", "add_layer_norm"),
     },
 }

@@ -12,6 +12,8 @@ namespace {
 
 constexpr int kTileRows = kLanes == 16 ? 14 : 6;
 constexpr int kTileWidth = whole_vectors(kTileRows);  // of its rows of x, packed: [words, kTileWidth]
+constexpr int64_t whole(int64_t words) { return (words + kLanes - 1) / kLanes * kLanes; }
+
 constexpr int kStep = 64;  // words whose products are added one after the other: a long sum in parts is more exact
 
 // How a word of a weight is multiplied: as kParts vectors, each with a word of x of its own.
@@ -134,8 +136,9 @@ constexpr int64_t left_size(int64_t words) {  // pack_transposed fills whole vec
 }
 
 template <typename Kind>
-int64_t tiles_of_block(int64_t words, int64_t rows) {
-  const int64_t fit = kBlockBytes / (left_size<Kind>(words) * 4), needed = (rows + kTileRows - 1) / kTileRows;
+int64_t tiles_of_block(const PackedWeight& weight, int64_t rows) {
+  const int64_t bytes = 4 * (left_size<Kind>(inner_words(weight)) + weight.exact_count * kTileWidth);
+  const int64_t fit = kBlockBytes / bytes, needed = (rows + kTileRows - 1) / kTileRows;
   return fit < 1 ? 1 : fit < needed ? fit : needed;
 }
 
@@ -143,36 +146,44 @@ int64_t tiles_of_block(int64_t words, int64_t rows) {
 template <typename Kind>
 struct Room {
   typename Kind::Left* left;  // [tiles, `left_size`]
-  typename Kind::Sum* sums;   // [kTileRows, kPanel]
+  float* exact;               // [tiles, exact columns, kTileWidth]
   float* scales;              // of the rows [tiles, kTileRows]
-  uint32_t* quantized;        // a row of bytes
+  typename Kind::Sum* sums;   // [kTileRows, kPanel]
+  Float* exact_sums;          // [kTileRows, kPanel]
+  float* row;                 // [inner], in whole vectors
+  uint32_t* bytes;            // of a tile's rows [kTileRows, words · kParts], each in whole vectors
 };
 
 template <typename Kind>
-Room<Kind> room_in(char* memory, int64_t words, int64_t rows) {
-  const auto take = [&](int64_t bytes) {
+Room<Kind> room_in(char* memory, const PackedWeight& weight, int64_t rows) {
+  const auto take = [&](int64_t words) {
     void* const found = memory;
-    memory += (bytes + 63) / 64 * 64;
+    memory += (words * 4 + 63) / 64 * 64;
     return found;
   };
-  const int64_t tiles = tiles_of_block<Kind>(words, rows);
-  Room<Kind> room;
-  room.left = static_cast<typename Kind::Left*>(take(tiles * left_size<Kind>(words) * 4));
-  room.sums = static_cast<typename Kind::Sum*>(take(kTileRows * kPanel * 4));
-  room.scales = static_cast<float*>(take(tiles * kTileRows * 4));
-  room.quantized = static_cast<uint32_t*>(take((words + 2 * kLanes) * 4));
+  const int64_t words = inner_words(weight), tiles = tiles_of_block<Kind>(weight, rows);
+  Room<Kind> room = {};
+  room.left = static_cast<typename Kind::Left*>(take(tiles * left_size<Kind>(words)));
+  room.exact = static_cast<float*>(take(tiles * weight.exact_count * kTileWidth));
+  room.scales = static_cast<float*>(take(tiles * kTileRows));
+  room.sums = static_cast<typename Kind::Sum*>(take(kTileRows * kPanel));
+  room.exact_sums = static_cast<Float*>(take(kTileRows * kPanel));
+  if (weight.kind == Weights::int8) {
+    room.row = static_cast<float*>(take(weight.inner + kLanes));
+    room.bytes = static_cast<uint32_t*>(take(kTileRows * whole(words * Kind::kParts)));
+  }
   return room;
 }
 
 template <typename T>
-void pack_rows(Floats, const T* x, int64_t stride, int count, int64_t inner, Room<Floats>&, float* left, float*) {
-  pack_transposed<Numbers, kTileWidth>(x, stride, count, inner, left);
+void pack_rows(Floats, const T* x, int64_t stride, int count, const PackedWeight& weight, Room<Floats>&, float* left,
+               float*, float*) {
+  pack_transposed<Numbers, kTileWidth>(x, stride, count, weight.inner, left);
 }
 
 #ifdef __AVX512BF16__
 template <typename T>
 FASTBERT_INLINE Word words_at(Pairs, const T* row, int dim, int column) {
-  typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes)));
   const auto half = [&](int first) {
     const int left = dim - first;
     return left >= kLanes ? load(row + first, Whole{}) : left > 0 ? load(row + first, Part{left}) : Float{};
@@ -182,84 +193,148 @@ FASTBERT_INLINE Word words_at(Pairs, const T* row, int dim, int column) {
 }
 
 template <typename T>
-void pack_rows(BFloats, const T* x, int64_t stride, int count, int64_t inner, Room<BFloats>&, uint32_t* left, float*) {
-  pack_transposed<Pairs, kTileWidth>(x, stride, count, inner, left);
+void pack_rows(BFloats, const T* x, int64_t stride, int count, const PackedWeight& weight, Room<BFloats>&,
+               uint32_t* left, float*, float*) {
+  pack_transposed<Pairs, kTileWidth>(x, stride, count, weight.inner, left);
 }
 #else
 template <typename T>
-void pack_rows(BFloats, const T* x, int64_t stride, int count, int64_t inner, Room<BFloats>&, float* left, float*) {
-  pack_transposed<Numbers, kTileWidth>(x, stride, count, inner, left);
+void pack_rows(BFloats, const T* x, int64_t stride, int count, const PackedWeight& weight, Room<BFloats>&, float* left,
+               float*, float*) {
+  pack_transposed<Numbers, kTileWidth>(x, stride, count, weight.inner, left);
 }
 #endif
 
-// x * inverse, rounded to the nearest integer, ties to even, and 128 more; the product is not rounded before.
-FASTBERT_INLINE Word steps_of(Float x, float inverse) {
-#if defined(__FMA__) || !defined(__x86_64__)
-  return bits_of<Word>(fma(x, all(inverse), all(0x1.8p23f + 128))) & 0xff;  // the last bits hold the integer
+// x, which is not fused with what it is added to.
+FASTBERT_INLINE Float alone(Float x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+// The lanes `distance` apart, a power of two, exchanged.
+template <int distance>
+FASTBERT_INLINE Float exchanged(Float x) {
+  Int place;
+  for (int i = 0; i < kLanes; ++i) place[i] = i ^ distance;
+#ifdef __clang__
+  Float found;
+  for (int i = 0; i < kLanes; ++i) found[i] = x[place[i]];
+  return found;
 #else
-  const Double both[] = {first_half(x) * inverse + (0x1.8p52 + 128), second_half(x) * inverse + (0x1.8p52 + 128)};
-  Word steps;
-  for (int i = 0; i < kLanes; ++i) {
-    const double one = both[2 * i / kLanes][i % (kLanes / 2)];
-    steps[i] = static_cast<uint32_t>(bits_of<uint64_t>(one)) & 0xff;
-  }
-  return steps;
+  return __builtin_shuffle(x, place);
 #endif
 }
 
-// A row as unsigned bytes around 128, its largest number 127 away from it; returns what one step is. A NaN or an
-// infinity makes it NaN.
-template <typename T>
-float quantize(const T* x, int64_t inner, uint8_t* to) {
-  Float most = {}, all_there = {};
-  for_columns(inner, [&](int64_t column, auto there) {
-    const Float value = load(x + column, there);
-    most = larger(magnitude(value), most);
-    all_there += value - value;  // 0, or NaN
-  });
-  float largest = 0, trouble = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    largest = most[i] > largest ? most[i] : largest;
-    trouble += all_there[i];
-  }
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  for_columns(inner, [&](int64_t column, auto there) {
-    const Word steps = steps_of(load(x + column, there), inverse);
-    for (int i = 0; i < kLanes; ++i) to[column + i] = static_cast<uint8_t>(steps[i]);  // more than are there: there is room
-  });
-  return largest / 127.0f + trouble;
+// One step of the Walsh-Hadamard transform within a vector: of two lanes so far apart their sum and difference.
+template <int distance>
+FASTBERT_INLINE Float butterfly(Float x) {
+  Int place;
+  for (int i = 0; i < kLanes; ++i) place[i] = i;
+  const Float other = exchanged<distance>(x);
+  return select((place & distance) == 0, x + other, other - x);
 }
 
-template <typename T>
-void pack_rows(Bytes, const T* x, int64_t stride, int count, int64_t inner, Room<Bytes>& room, uint32_t* left,
-               float* scales) {
-  const int64_t words = (inner + 3) / 4;
-  Word* const zeros = reinterpret_cast<Word*>(left);
-  for (int64_t i = 0; i < left_size<Bytes>(words) / kLanes; ++i) zeros[i] = Word{};
-  for (int r = 0; r < count; ++r) {
-    scales[r] = quantize(x + r * stride, inner, reinterpret_cast<uint8_t*>(room.quantized));
-    for (int64_t word = 0; word < words; ++word) {
-      if constexpr (Bytes::kParts == 1) {
-        left[word * kTileWidth + r] = room.quantized[word];
-      } else {
-        left[2 * word * kTileWidth + r] = room.quantized[word] & 0x00ff00ffu;
-        left[(2 * word + 1) * kTileWidth + r] = room.quantized[word] >> 8 & 0x00ff00ffu;
+// row [whole(inner)], blocks of `width` numbers: their Walsh-Hadamard transform, its sums of two in the reference's order
+FASTBERT_INLINE void rotate(float* row, int64_t inner, int64_t width) {
+  if (width > 1) {
+    for (int64_t i = 0; i < inner; i += kLanes) {
+      Float x = load(row + i, Whole{});
+      x = butterfly<1>(x);
+      if (width > 2) x = butterfly<2>(x);
+      if constexpr (kLanes > 4) {
+        if (width > 4) x = butterfly<4>(x);
+      }
+      if constexpr (kLanes > 8) {
+        if (width > 8) x = butterfly<8>(x);
+      }
+      store(row + i, x, Whole{});
+    }
+  }
+  for (int64_t half = kLanes; half < width; half *= 2) {
+    for (int64_t block = 0; block < inner; block += 2 * half) {
+      for (int64_t i = block; i < block + half; i += kLanes) {
+        const Float a = load(row + i, Whole{}), b = load(row + i + half, Whole{});
+        store(row + i, a + b, Whole{});
+        store(row + i + half, a - b, Whole{});
       }
     }
   }
 }
 
-// The tile's sums, times their scales if they are of bytes, with bias and activation.
-template <typename Kind>
-FASTBERT_INLINE Float value_of(const Kind&, const typename Kind::Sum& sum, float, const PackedWeight&, int64_t) {
+// row [whole(inner)] as unsigned bytes around 128, its largest number 127 away from it, a half to the even one; returns
+// what one step is, NaN if not all are finite. Behind the row stand zeros.
+FASTBERT_INLINE float quantize(const float* row, int64_t inner, uint8_t* to) {
+  Float most = {}, trouble = {};
+  for (int64_t i = 0; i < inner; i += kLanes) {
+    const Float x = load(row + i, Whole{});
+    most = larger(magnitude(x), most);
+    trouble += x - x;  // 0, or NaN
+  }
+  float largest = 0, lost = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    largest = most[i] > largest ? most[i] : largest;
+    lost += trouble[i];
+  }
+  const float least = 0x1p-126f, step = largest / 127.0f, scale = step > least ? step : least, inverse = 1.0f / scale;
+  for (int64_t i = 0; i < inner; i += kLanes) {
+    const Float steps = alone(load(row + i, Whole{}) * inverse) + (0x1.8p23f + 128);  // the last bits hold the integer
+    const Word bytes = bits_of<Word>(steps);
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(bits_of<__m512i>(bytes)));
+#else
+    for (int lane = 0; lane < kLanes; ++lane) to[i + lane] = static_cast<uint8_t>(bytes[lane]);
+#endif
+  }
+  return scale + lost;
+}
+
+template <typename T>
+void pack_rows(Bytes, const T* x, int64_t stride, int count, const PackedWeight& weight, Room<Bytes>& room,
+               uint32_t* left, float* exact, float* scales) {
+  const int64_t words = (weight.inner + 3) / 4, width = whole(words * Bytes::kParts);
+  for (int r = 0; r < count; ++r, x += stride) {
+    store(room.row + weight.inner / kLanes * kLanes, Float{}, Whole{});
+    for_columns(weight.inner, [&](int64_t column, auto there) {
+      store(room.row + column, load(x + column, there), there);
+    });
+    for (int64_t i = 0; i < weight.exact_count; ++i) {
+      exact[i * kTileWidth + r] = room.row[weight.exact_columns[i]];
+    }
+    for (int64_t i = 0; i < weight.exact_count; ++i) room.row[weight.exact_columns[i]] = 0;
+    rotate(room.row, weight.inner, weight.rotated);
+    uint32_t* const bytes = room.bytes + r * width;
+    scales[r] = quantize(room.row, weight.inner, reinterpret_cast<uint8_t*>(bytes));
+    if constexpr (Bytes::kParts == 2) {
+      for (int64_t word = words; word-- > 0;) {
+        const uint32_t four = bytes[word];
+        bytes[2 * word] = four & 0x00ff00ffu;
+        bytes[2 * word + 1] = four >> 8 & 0x00ff00ffu;
+      }
+    }
+  }
+  const auto* const rows = reinterpret_cast<const float*>(room.bytes);  // whose words are moved, not computed with
+  pack_transposed<Numbers, kTileWidth>(rows, width, count, words * Bytes::kParts, reinterpret_cast<float*>(left));
+}
+
+// A tile's sums, with their scales if they are of bytes.
+template <typename Kind, typename Count>
+FASTBERT_INLINE Float value_of(Kind, Float sum, const Float*, float, const PackedWeight&, int64_t, Count) {
   return sum;
 }
 
-FASTBERT_INLINE Float value_of(const Bytes&, const Int& sum, float scale, const PackedWeight& weight, int64_t column) {
-  const Int corrected = sum - 128 * read<Int>(weight.sums + column, Whole{});
-  return __builtin_convertvector(corrected, Float) * (load(weight.scales + column, Whole{}) * scale);
+template <typename Count>
+FASTBERT_INLINE Float value_of(Bytes, Int sum, const Float* exact, float scale, const PackedWeight& weight,
+                               int64_t column, Count there) {
+  const Int corrected = sum - 128 * bits_of<Int>(read<Word>(weight.sums + column, there));
+  const Float value = __builtin_convertvector(corrected, Float) * (load(weight.scales + column, there) * scale);
+  return exact == nullptr ? value : value + *exact;
 }
 
+// The rows `first` and so on of a panel, with bias and activation.
 template <typename Kind>
 void finish(const Linear& inputs, const Room<Kind>& room, const float* scales, int64_t first, int height,
             int64_t panel) {
@@ -274,10 +349,11 @@ void finish(const Linear& inputs, const Room<Kind>& room, const float* scales, i
         });
       }
       for (int r = 0; r < height; ++r) {
-        const auto& sum = room.sums[(r * kPanel + column) / kLanes];
-        const Float value = value_of(Kind{}, sum, scales[r], inputs.weight, start + column) + bias;
+        const int64_t place = (r * kPanel + column) / kLanes;
+        const Float* const exact = inputs.weight.exact_count > 0 ? room.exact_sums + place : nullptr;
+        const Float sum = value_of(Kind{}, room.sums[place], exact, scales[r], inputs.weight, start + column, there);
         T* const to = static_cast<T*>(inputs.out) + (first + r) * inputs.out_stride + start + column;
-        store(to, activated<T>(value, inputs.activation), there);
+        store(to, activated<T>(sum + bias, inputs.activation), there);
       }
     });
   });
@@ -287,8 +363,9 @@ template <typename Kind>
 void multiply_rows(const Linear& inputs, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
                    char* memory) {
   const PackedWeight& weight = inputs.weight;
-  const int64_t words = inner_words(weight), block = tiles_of_block<Kind>(words, last - first) * kTileRows;
-  Room<Kind> room = room_in<Kind>(memory, words, last - first);
+  const int64_t words = inner_words(weight), block = tiles_of_block<Kind>(weight, last - first) * kTileRows;
+  const int64_t exact_size = weight.exact_count * kTileWidth;
+  Room<Kind> room = room_in<Kind>(memory, weight, last - first);
   const auto* const packed = static_cast<const uint32_t*>(weight.words);
   for (; first < last; first += block) {
     const int64_t rows = last - first < block ? last - first : block, tiles = (rows + kTileRows - 1) / kTileRows;
@@ -297,8 +374,8 @@ void multiply_rows(const Linear& inputs, int64_t first, int64_t last, int64_t fi
       with_type(inputs.x_dtype, [&](auto type) {
         const auto* const x = static_cast<const typename decltype(type)::Type*>(inputs.x);
         const int64_t row = start_of(i);
-        pack_rows(Kind{}, x + (first + row) * inputs.x_stride, inputs.x_stride, start_of(i + 1) - row, weight.inner,
-                  room, room.left + i * left_size<Kind>(words), room.scales + row);
+        pack_rows(Kind{}, x + (first + row) * inputs.x_stride, inputs.x_stride, start_of(i + 1) - row, weight, room,
+                  room.left + i * left_size<Kind>(words), room.exact + i * exact_size, room.scales + row);
       });
     }
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
@@ -314,6 +391,10 @@ void multiply_rows(const Linear& inputs, int64_t first, int64_t last, int64_t fi
           } else {
             times_panel_of<Kind, true>(height, part, right + word * kPanel, count, room.sums);
           }
+        }
+        if (weight.exact_count > 0) {
+          const auto* const exact = reinterpret_cast<const uint32_t*>(weight.exact) + panel * weight.exact_count * kPanel;
+          times_panel_of<Floats, false>(height, room.exact + i * exact_size, exact, weight.exact_count, room.exact_sums);
         }
         finish<Kind>(inputs, room, room.scales + start_of(i), first + start_of(i), height, panel);
       }

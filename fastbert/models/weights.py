@@ -7,9 +7,11 @@ values, because edits through `.data` (LoRA merges), numpy views and shared memo
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,43 +103,53 @@ class MatrixCache:
         return entry
 
     def get_stack(self, layers: tuple[LayerModules, ...], dtype: torch.dtype) -> list[Tensor]:
-        """The tensors of `Stack`, of layers whose linears all have a weight that is packed in panels, and a bias."""
+        """The tensors of `Stack`, of layers whose products' weights are all packed in panels, with biases."""
         parameters = tuple(p for layer in layers for p in layer_parameters(layer))
         stamp, entry = stamp_of(parameters, dtype), self.stack
         if entry is not None and entry.stamp == stamp and native.same_values(entry.live, entry.samples):
             return entry.tensor  # type: ignore[return-value]
         tensors, copied, entries = list[Tensor](), list[Tensor](), list[Prepared]()
-        none = parameters[0].new_empty(0)
-        places = "qkv", "out", "first", "second"
         for index, layer in enumerate(layers):
-            groups = (layer.query, layer.key, layer.value), (layer.out,), (layer.w1,), (layer.w2,)
-            products, norms = list[tuple[Tensor, ...]](), list[tuple[Tensor, ...]]()
-            for place, linears in zip(places, groups, strict=True):
-                weights = tuple(parameter(linear, "weight") for linear in linears)
-                entries.append(self.prepared(f"layer.{index}.{place}", weights, dtype))
-                weight = entries[-1].tensor
-                assert isinstance(weight, PanelWeight)
-                biases = tuple(parameter(linear, "bias") for linear in linears)
-                products.append((weight.panels, none, none, joined(biases, dtype).detach()))
+            for place, linears in groups_of(layer).items():
+                name, biases = f"layer.{index}.{place}", tuple(parameter(linear, "bias") for linear in linears)
+                if all(type(linear) is QuantizedLinear for linear in linears):
+                    product = self.get_quantized(name, linears, dtype)  # type: ignore[arg-type]
+                    assert product is not None
+                    tensors += packed_tensors(product)
+                else:
+                    weights = tuple(parameter(linear, "weight") for linear in linears)
+                    entries.append(self.prepared(name, weights, dtype))
+                    weight = entries[-1].tensor
+                    assert isinstance(weight, PanelWeight)
+                    tensors += (weight.panels, *[weight.panels.new_empty(0)] * 4)
+                tensors.append(joined(biases, dtype).detach())
                 copied += biases
-            for module in layer.norms():
-                gains = parameter(module, "weight"), parameter(module, "bias")
-                norms.append(tuple(gain.detach().float().contiguous() for gain in gains))
-                copied += gains
-            qkv, out, first, second = products
-            tensors += (*qkv, *out, *norms[0], *first, *second, *norms[1])
+                if place in ("out", "second"):
+                    norm = layer.norm1 if place == "out" else layer.norm2
+                    gains = parameter(norm, "weight"), parameter(norm, "bias")
+                    tensors += (gain.detach().float().contiguous() for gain in gains)
+                    copied += gains
         live = (*itertools.chain(*(e.live for e in entries)), *(p.detach() for p in copied))
         samples = (*itertools.chain(*(e.samples for e in entries)), *(p.detach().clone() for p in copied))
         self.stack = Prepared(tensors, stamp, samples, live)
         return tensors
 
-    def get_quantized(self, name: str, linears: tuple[QuantizedLinear, ...]) -> QuantizedProduct | None:
-        """The rows of several quantized linears in one product, made again after a change; None: they differ."""
+    def get_quantized(
+        self, name: str, linears: tuple[QuantizedLinear, ...], dtype: torch.dtype
+    ) -> QuantizedProduct | None:
+        """The rows of quantized linears in one product, packed, made again after a change; None: they differ.
+
+        dtype: of x.
+        """
         tensors = [t for linear in linears for t in (*linear.buffers(), linear.bias) if t is not None]
-        stamp = tuple((t.data_ptr(), t.shape, t.dtype, torch_private.version(t)) for t in tensors)
+        packer = ops.packer(tensors[0].device, dtype, ops.quantized_linear)
+        stamp = (packer, *((t.data_ptr(), t.shape, t.dtype, torch_private.version(t)) for t in tensors))
         entry = self.quantized.get(name)
         if entry is None or entry[0] != stamp:
-            entry = self.quantized[name] = stamp, rows_together(linears)
+            product = rows_together(linears)
+            if product is not None and packer:
+                product = packed(product, packer)
+            entry = self.quantized[name] = stamp, product
         return entry[1]
 
     def nbytes(self) -> int:
@@ -155,8 +167,39 @@ def stamp_of(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object
 
 
 def layer_parameters(layer: LayerModules) -> list[Tensor]:
-    """The parameters of a layer's linears and LayerNorms."""
-    return [parameter(module, name) for module in (*layer.linears(), *layer.norms()) for name in ("weight", "bias")]
+    """The parameters of a layer's linears and LayerNorms; of quantized linears their buffers too."""
+    found = list[Any]()
+    for module in modules_of(layer):
+        if type(module) is QuantizedLinear:
+            found += [*module.buffers(), module.bias]
+        else:
+            found += [parameter(module, "weight"), parameter(module, "bias")]
+    return found
+
+
+def modules_of(layer: LayerModules) -> tuple[nn.Module, ...]:
+    """A layer's linears, quantized ones among them, and its LayerNorms."""
+    return *layer.linears(), *layer.norms()
+
+
+def groups_of(layer: LayerModules) -> dict[str, tuple[nn.Module, ...]]:
+    """The linears of each product of a layer, in the order that it computes them."""
+    qkv = layer.query, layer.key, layer.value
+    return {"qkv": qkv, "out": (layer.out,), "first": (layer.w1,), "second": (layer.w2,)}
+
+
+def packed(product: QuantizedProduct, backend: str) -> QuantizedProduct:
+    """The product with its plain weights packed for a backend."""
+    weight, exact = (ops.pack_weight(t, backend) for t in (product.weight, product.exact) if isinstance(t, Tensor))
+    return dataclasses.replace(product, weight=weight, exact=exact)
+
+
+def packed_tensors(product: QuantizedProduct) -> tuple[Tensor, ...]:
+    """The first five tensors of a product of `encoder_forward`."""
+    weight, exact = product.weight, product.exact
+    assert isinstance(weight, PanelWeight) and weight.sums is not None
+    panels = exact.panels if isinstance(exact, PanelWeight) else product.scales.new_empty(0)
+    return weight.panels, product.scales.contiguous(), weight.sums, product.columns, panels
 
 
 def rows_together(linears: tuple[QuantizedLinear, ...]) -> QuantizedProduct | None:
@@ -194,12 +237,8 @@ def read_product(
 ) -> Product | QuantizedProduct:
     """One product with the rows of all these linears, as they are now, in the compute dtype or in int8."""
     quantized = tuple(linear for linear in linears if type(linear) is QuantizedLinear)
-    if len(quantized) == len(linears):
-        if len(quantized) == 1:
-            q = quantized[0]
-            return QuantizedProduct(q.int8_weight, q.scales, q.bias, q.columns, q.exact, q.rotated)
-        if (together := cache.get_quantized(name, quantized)) is not None:
-            return together
+    if len(quantized) == len(linears) and (together := cache.get_quantized(name, quantized, dtype)) is not None:
+        return together
     if any(type(linear) is not nn.Linear for linear in linears):
         return Product(None, modules=linears)
     biases = tuple(parameter(linear, "bias") for linear in linears)
@@ -262,13 +301,20 @@ def read_stack(layers: tuple[LayerModules, ...], cache: MatrixCache, dtype: torc
     They are one call where the weights are packed in panels, and all layers alike but for their parameters.
     """
     first = layers[0]
-    if not ops.encodes(parameter(first.norm1, "weight").device, dtype):
+    kind: type[nn.Module] = type(first.query)
+    if kind not in (nn.Linear, QuantizedLinear):
         return None
-    for layer in layers:
-        linears = layer.linears()
-        if any(type(linear) is not nn.Linear or parameter(linear, "bias") is None for linear in linears):
+    if not ops.encodes(parameter(first.norm1, "weight").device, dtype, kind is QuantizedLinear):
+        return None
+    for index, layer in enumerate(layers):
+        linears: tuple[nn.Module, ...] = layer.linears()
+        if any(type(linear) is not kind or parameter(linear, "bias") is None for linear in linears):
             return None
-        if not keeps_copies(tuple(parameter(linear, "weight") for linear in linears), dtype):
+        if kind is QuantizedLinear:
+            qkv = layer.query, layer.key, layer.value
+            if cache.get_quantized(f"layer.{index}.qkv", qkv, dtype) is None:  # type: ignore[arg-type]
+                return None
+        elif not keeps_copies(tuple(parameter(linear, "weight") for linear in linears), dtype):
             return None
     settings = settings_of(first)
     if settings is None or any(settings_of(layer) != settings for layer in layers):

@@ -24,7 +24,7 @@ from fastbert.ops.dropout import (
     keep_scale,
     kept,
 )
-from fastbert.ops.encoder import encode
+from fastbert.ops.encoder import BIAS, encode
 from fastbert.ops.packed import OneDNNWeight, PackedWeight
 from fastbert.ops.reference import keep_mask, only, statistics_dtype
 
@@ -498,7 +498,7 @@ def encoder_forward(
 ) -> Tensor:  # fmt: skip
     by = sys.modules[__name__]
     arguments = cu_seqlens, max_seqlen, tensors, heads, scale, eps, approximate
-    return encode(by, tensors[3].dtype, x.to(statistics_dtype(x)), *arguments).to(x.dtype)
+    return encode(by, tensors[BIAS].dtype, x.to(statistics_dtype(x)), *arguments).to(x.dtype)
 
 
 def rotate(x: Tensor, width: int) -> Tensor:
@@ -540,11 +540,12 @@ def few_columns(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
-    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+    x: Tensor, weight: Tensor | PackedWeight, scales: Tensor, bias: Tensor | None = None,
+    columns: Tensor | None = None, exact: Tensor | PackedWeight | None = None, rotated: int = 1, activation: str = "",
 ) -> Tensor:  # fmt: skip
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return x.new_empty(x.shape[0], weight.shape[0])
+    weight, exact = plain(weight), None if exact is None else plain(exact)
     quantized, scale = quantize_rows(x, columns, rotated)
     sums = integer_product(quantized, weight)
     y = sums * scales.float() * scale[:, None]

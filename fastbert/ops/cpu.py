@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastbert import native
 from fastbert.ops import cuda
-from fastbert.ops.encoder import NORMS, TENSORS, WEIGHTS
+from fastbert.ops.encoder import BIAS, NORMS, ROTATED, TENSORS, WEIGHTS
 from fastbert.ops.packed import PackedWeight, PanelWeight, panels_of
 from fastbert.ops.registry import Backend
 
-TAKES = "it takes float32, float16 and bfloat16"
+TAKES = "it takes float32, float16, bfloat16 and int8"
 OUTSIDE = "index out of range in self"  # as torch.nn.functional.embedding says it
 
 
@@ -58,7 +58,8 @@ def attention_backward_reasons(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tens
 
 def pack_reasons(dtype: torch.dtype) -> list[str]:
     """In words, why weights of a dtype are not packed for the library's products."""
-    reasons = native.refuse("cpu") + ([] if dtype in cuda.FLOATS else [f"weights are {dtype}: {TAKES}"])
+    takes = dtype in (*cuda.FLOATS, torch.int8)
+    reasons = native.refuse("cpu") + ([] if takes else [f"weights are {dtype}: {TAKES}"])
     if reasons:
         return reasons
     if native.isa() == "baseline":
@@ -73,11 +74,12 @@ def pack_weight(weight: Tensor) -> Tensor | PackedWeight:
 
     And one of a dtype that the products do not take, which say so.
     """
-    if weight.numel() == 0 or weight.dtype not in cuda.FLOATS:
+    if weight.numel() == 0 or weight.dtype not in (*cuda.FLOATS, torch.int8):
         return weight.detach()
     wide = weight.detach().to(torch.float32 if weight.dtype == torch.float16 else weight.dtype)
     kept = weight.detach() if isinstance(weight, torch.nn.Parameter) else None
-    return PanelWeight(panels_of(wide), weight.shape, weight.dtype, kept)
+    sums = wide.sum(1, dtype=torch.int32) if wide.dtype == torch.int8 else None
+    return PanelWeight(panels_of(wide), weight.shape, weight.dtype, kept, sums)
 
 
 def weight_reasons(**weights: Tensor | PackedWeight) -> list[str]:
@@ -115,13 +117,13 @@ def linear_gelu(
     if save:
         pre = product(x, weight, bias, 0)
         return F.gelu(pre, approximate=approximate), pre
-    return product(x, weight, bias, 2 if approximate == "tanh" else 1), x.new_empty(0)
+    return product(x, weight, bias, ACTIVATIONS[approximate]), x.new_empty(0)
 
 
 def product(x: Tensor, weight: PanelWeight, bias: Tensor | None, activation: int) -> Tensor:
     """x [T, K] → x·weightᵀ + bias [T, N]; activation: csrc/linear.h's, 1 is erf GELU, 2 tanh's."""
     native_op = torch.ops.fastbert_native.packed_linear
-    return native_op(x, [weight.panels], weight.shape[0], bias, activation)  # type: ignore[no-any-return]
+    return native_op(x, [weight.panels], weight.shape[0], bias, activation, 1)  # type: ignore[no-any-return]
 
 
 def feed_forward(
@@ -137,11 +139,33 @@ def feed_forward(
     return y, x.new_empty(0)
 
 
+def quantized_linear_reasons(
+    x: Tensor, weight: Tensor | PackedWeight, scales: Tensor, bias: Tensor | None = None,
+    columns: Tensor | None = None, exact: Tensor | PackedWeight | None = None, rotated: int = 1, activation: str = "",
+) -> list[str]:  # fmt: skip
+    reasons = cuda.dtype_reasons(x=x, bias=bias) + weight_reasons(weight=weight)
+    reasons += [] if exact is None or not exact.shape[1] else weight_reasons(exact=exact)
+    return reasons if scales.dtype == torch.float32 else [*reasons, f"scales are {scales.dtype}, not float32"]
+
+
+def quantized_linear(
+    x: Tensor, weight: PanelWeight, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
+    exact: Any = None, rotated: int = 1, activation: str = "",
+) -> Tensor:  # fmt: skip
+    none = exact is None or not exact.shape[1]
+    columns = scales.new_empty(0, dtype=torch.int64) if none else columns
+    panels = scales.new_empty(0) if none else exact.panels.float()
+    parts = [weight.panels, scales.contiguous(), weight.sums, columns, panels]
+    bias = None if bias is None else bias.to(x.dtype)
+    native_op = torch.ops.fastbert_native.packed_linear
+    return native_op(x, parts, weight.shape[0], bias, ACTIVATIONS[activation], rotated)  # type: ignore[no-any-return]
+
+
 def encoder_forward_reasons(
     x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
     approximate: str = "none",
 ) -> list[str]:  # fmt: skip
-    reasons = cuda.dtype_reasons(x=x, bias=tensors[3]) + ([] if scale > 0 else [f"scale {scale} is not over 0"])
+    reasons = cuda.dtype_reasons(x=x, bias=tensors[BIAS]) + ([] if scale > 0 else [f"scale {scale} is not over 0"])
     if any(tensors[place].dim() != 4 for place in WEIGHTS):
         reasons.append("the weights are not packed for it (ops.pack_weight)")
     return reasons
@@ -151,10 +175,10 @@ def encoder_forward(
     x: Tensor, cu_seqlens: Tensor, max_seqlen: int, tensors: Sequence[Tensor], heads: int, scale: float, eps: float,
     approximate: str = "none",
 ) -> Tensor:  # fmt: skip
-    dim, intermediate = tensors[3].shape[0] // (3 * heads), tensors[13].shape[0]
+    dim, intermediate = tensors[BIAS].shape[0] // (3 * heads), tensors[WEIGHTS[2] + BIAS].shape[0]
     if any(tensors[place].dtype != torch.float32 for place in NORMS):
         tensors = [t.float() if i % TENSORS in NORMS else t for i, t in enumerate(tensors)]
-    arguments = cu_seqlens, tensors, heads, dim, intermediate, scale, eps, approximate == "tanh"
+    arguments = cu_seqlens, tensors, heads, dim, intermediate, scale, eps, approximate == "tanh", ROTATED
     y = torch.ops.fastbert_native.encoder_forward(x.float(), *arguments)
     return y.to(x.dtype)  # type: ignore[no-any-return]
 
@@ -164,10 +188,13 @@ REASONS: dict[str, Callable[..., list[str]]] = {
     for reasons in (
         cuda.unpad_reasons, embed_layer_norm_reasons, embed_layer_norm_backward_reasons, add_layer_norm_reasons,
         add_layer_norm_backward_reasons, attention_reasons, attention_backward_reasons, linear_reasons,
-        linear_gelu_reasons, feed_forward_reasons, encoder_forward_reasons,
+        linear_gelu_reasons, feed_forward_reasons, encoder_forward_reasons, quantized_linear_reasons,
     )
 }  # fmt: skip
-PRODUCTS: dict[str, Callable[..., Any]] = {"linear": linear, "linear_gelu": linear_gelu, "feed_forward": feed_forward}
+PRODUCTS: dict[str, Callable[..., Any]] = {
+    "linear": linear, "linear_gelu": linear_gelu, "feed_forward": feed_forward, "quantized_linear": quantized_linear,
+}  # fmt: skip
+ACTIVATIONS = {"": 0, "none": 1, "tanh": 2}  # csrc/linear.h's
 
 
 def cpu_backends(name: str) -> list[Backend]:

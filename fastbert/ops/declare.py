@@ -29,7 +29,7 @@ def declare(name: str, schema: str, fake: Any, check: Any, gradient: Gradient | 
     No CUDA kernel was measured yet: on a GPU one runs where it is asked for, or where all before it refuse.
     """
     op = Op(name, schema, fake, check, gradient)
-    pack = builtins.pack_weight if name in PRODUCTS else None
+    pack = builtins.pack_weight if name in PRODUCTS and name != "quantized_linear" else None
     usual = [Backend("torch", getattr(builtins, name), pack=pack)]
     if name not in WITHOUT_TRITON:
         usual.append(triton_backend(name))
@@ -603,8 +603,8 @@ def check_quantized_linear(
         reasons.append("columns and exact are given together or not at all")
     if weight.dtype != torch.int8:
         reasons.append(f"weight is {weight.dtype}, expected int8")
-    floats = {"x": x, "scales": scales, "bias": bias, "exact": exact}
-    reasons += [f"{n} is {t.dtype}, no float" for n, t in floats.items() if t is not None and not t.is_floating_point()]
+    dtypes = {n: t.dtype for n, t in (("x", x), ("scales", scales), ("bias", bias), ("exact", exact)) if t is not None}
+    reasons += [f"{name} is {dtype}, no float" for name, dtype in dtypes.items() if not dtype.is_floating_point]
     known = activation in ("", "none", "tanh")
     reasons += [] if known else [f"activation is {activation!r}, expected '', 'none' (erf GELU) or 'tanh'"]
     if rotated < 1 or rotated & (rotated - 1) or x.shape[-1] % rotated:

@@ -66,16 +66,18 @@ class PanelWeight(PackedWeight):
 
     Args:
         panels: `panels_of` it; of a float16 weight in float32.
+        sums: of an int8 weight the sums of its rows [N] int32.
     """
 
     panels: Tensor
     shape: torch.Size
     dtype: torch.dtype
     plain: Tensor | None = None
+    sums: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.panels.numel() * self.panels.element_size()
+        return self.panels.nbytes + (0 if self.sums is None else self.sums.nbytes)
 
     def to_dense(self) -> Tensor:
         return from_panels(self.panels, self.shape).to(self.dtype)

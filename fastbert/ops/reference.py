@@ -330,8 +330,8 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) ->
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
-    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+    x: Tensor, weight: Tensor | PackedWeight, scales: Tensor, bias: Tensor | None = None,
+    columns: Tensor | None = None, exact: Tensor | PackedWeight | None = None, rotated: int = 1, activation: str = "",
 ) -> Tensor:  # fmt: skip
     """x [T, K], weight [N, K] int8, scales [N], bias [N] → q(x)·(scales·weight)ᵀ + x[:, columns]·exactᵀ + bias [T, N].
 
@@ -339,7 +339,7 @@ def quantized_linear(
     "LLM.int8()"), and rotates blocks of `rotated`. activation: "", or GELU by erf ("none") or tanh ("tanh").
     """
     quantized, scale = quantize_rows(x, columns, rotated)
-    sums = (quantized.double() - 128) @ weight.double().T  # [T, N], integers
+    sums = (quantized.double() - 128) @ up(weight).T  # [T, N], integers
     y = sums * up(scale)[:, None] * up(scales)
     if columns is not None and exact is not None:
         y = y + up(x)[:, columns] @ up(exact).T

@@ -298,7 +298,7 @@ def has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-WEIGHTS = ("weight", "w1", "w2")  # the arguments that may be packed
+WEIGHTS = ("weight", "w1", "w2", "exact")  # the arguments that may be packed
 BACKENDS = ("reference", "torch", "triton", "cuda", "cpu")
 BATCH_INVARIANT = ("batch-invariant",)  # stands in `_forced` for the choice of `use_batch_invariant`
 # The ops in which a library's choice of kernel, by the number of rows or sequences, may change the bits of a row.

@@ -202,7 +202,7 @@ def encoder_forward(draw: Draw) -> Calls:
 
     def product(n: int, k: int) -> tuple[Tensor, ...]:
         weight, bias = draw.weight(n, k)
-        return weight, none, none, bias
+        return weight, *[none] * 4, bias
 
     layer = (
         *product(3 * hidden, hidden), *product(hidden, hidden), *draw.gains(), *product(inner, hidden),

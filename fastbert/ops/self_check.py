@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastbert import devices, proven, torch_private
 from fastbert.once import warn_once
+from fastbert.ops.encoder import BIAS
 from fastbert.ops.sample_calls import CHECKED, outputs, sample_calls
 from fastbert.parity import judge
 
@@ -60,7 +61,7 @@ def dtype_of(arguments: tuple[Any, ...]) -> torch.dtype:
     if found.itemsize == 2 and found.is_floating_point:
         return found
     for argument in arguments:
-        one = argument[3] if isinstance(argument, list) and len(argument) > 3 else argument  # of layers the first bias
+        one = argument[BIAS] if isinstance(argument, list) and len(argument) > BIAS else argument  # of layers
         if isinstance(one, Tensor) and one.dtype.is_floating_point:
             dtype = one.dtype
             found = dtype if not found.is_floating_point or dtype.itemsize < found.itemsize else found

@@ -262,7 +262,7 @@ def encoder_forward_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str
     hidden, wide, none = case.hidden, case.intermediate, torch.empty(0, dtype=torch.float64)
 
     def product(n: int, k: int, name: str) -> list[torch.Tensor]:
-        return [normal(n, k, like=f"w {name}", scale=k**-0.5), none, none, normal(n, like=f"b {name}", scale=0.1)]
+        return [normal(n, k, like=f"w {name}", scale=k**-0.5), *[none] * 4, normal(n, like=f"b {name}", scale=0.1)]
 
     def layer(name: str) -> list[torch.Tensor]:
         attention = product(3 * hidden, hidden, f"qkv {name}") + product(hidden, hidden, f"out {name}")
@@ -304,5 +304,5 @@ LINEAR_GELU = Spec(ops.linear_gelu, linear_gelu_inputs, stock.linear_gelu_and_pr
 FEED_FORWARD = Spec(ops.feed_forward, feed_forward_inputs, stock.feed_forward_and_pre, weights=(1, 3))
 BIAS_GELU = Spec(ops.bias_gelu, bias_gelu_inputs, stock.bias_gelu)
 ENCODER_FORWARD = Spec(ops.encoder_forward, encoder_forward_inputs, stock.encoder_forward, weights=(3,))
-QUANTIZED_LINEAR = Spec(ops.quantized_linear, quantized_linear_inputs, stock.quantized_linear)
+QUANTIZED_LINEAR = Spec(ops.quantized_linear, quantized_linear_inputs, stock.quantized_linear, weights=(1, 5))
 SPECS = (ATTENTION, ADD_LAYER_NORM, EMBED_LAYER_NORM, LINEAR, LINEAR_GELU, FEED_FORWARD, BIAS_GELU)

@@ -27,7 +27,8 @@ def arguments_of(spec: Spec, arguments: Arguments, dtype: torch.dtype, backend: 
     """What the backend is called with: rounded to the dtype, on its device, matrices packed if it wants them so."""
     found = list(cast(arguments, dtype, backend.device))
     for i in spec.weights if backend.packed else ():
-        found[i] = backend.pack(found[i])
+        if i < len(found):  # trailing defaults are left out
+            found[i] = backend.pack(found[i])
     return tuple(found)
 
 
@@ -41,7 +42,9 @@ class Backend:
         """A weight as the backend wants it, the reference, which wants none, as torch's; of layers those of each."""
         if isinstance(weight, list):
             return packed_layers(weight, functools.partial(ops.pack_weight, backend="cpu"))
-        return ops.pack_weight(weight, "cpu" if self.name == "cpu" else "torch")
+        if weight is None:
+            return None
+        return ops.pack_weight(weight, "cpu" if self.name == "cpu" or weight.dtype == torch.int8 else "torch")
 
     @property
     def interpreted(self) -> bool:
@@ -77,7 +80,7 @@ def backends_of(spec: Spec, devices: tuple[str, ...]) -> Iterator[Backend]:
         for name in names_here(spec.op, device):
             if not spec.weights or name != "cpu":  # which takes packed ones only
                 yield Backend(name, device)
-            if spec.weights and device == "cpu" and name not in ("triton", "cuda"):
+            if spec.weights and device == "cpu" and (spec.op.backends[name].pack or name == "reference"):
                 yield Backend(name, device, packed=True)
 
 

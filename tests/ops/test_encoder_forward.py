@@ -27,8 +27,8 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tensors": []}, "there are 0 tensors, expected 20 a layer"),
-        ({"tensors": [torch.ones(3)] * 21}, "there are 21 tensors, expected 20 a layer"),
+        ({"tensors": []}, "there are 0 tensors, expected 28 a layer"),
+        ({"tensors": [torch.ones(3)] * 29}, "there are 29 tensors, expected 28 a layer"),
         ({"approximate": "erf"}, "approximate is 'erf', expected 'none'"),
         ({"x": torch.ones(3)}, r"x has shape \[3\], expected \[any, any\]"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens is torch.int64, expected int32"),

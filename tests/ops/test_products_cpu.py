@@ -6,17 +6,28 @@ import pytest
 import torch
 
 from fastbert import native, ops
-from fastbert.ops import cpu, packing
+from fastbert.ops import cpu, packing, reference
 from fastbert.ops.packed import PANEL, from_panels, panels_of
 from fastbert.parity import judge
-from tests.ops.cases import CASES, DTYPES, ENCODER_FORWARD, FEED_FORWARD, LINEAR, LINEAR_GELU, cast, gelu_inputs, normal
+from tests.ops.cases import (
+    CASES,
+    DTYPES,
+    ENCODER_FORWARD,
+    FEED_FORWARD,
+    LINEAR,
+    LINEAR_GELU,
+    QUANTIZED_LINEAR,
+    cast,
+    gelu_inputs,
+    normal,
+)
 from tests.ops.common import Backend, arguments_of, as_tuple, judged
 from tests.ops.test_isas import isa, library  # noqa: F401
 
 CPU = Backend("cpu", "cpu", packed=True)
 QUICK = ("edges", "one", "odd", "narrow")
 SOME = [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-SPECS = [LINEAR, LINEAR_GELU, FEED_FORWARD, ENCODER_FORWARD]
+SPECS = [LINEAR, LINEAR_GELU, FEED_FORWARD, ENCODER_FORWARD, QUANTIZED_LINEAR]
 # rows around the heights of tiles (6 and 14) and tasks (112); N around vectors and panels; K around words, steps of 64
 # words and what is packed at once
 SHAPES = [
@@ -71,6 +82,22 @@ def test_shapes_around_tiles_and_panels(shape, dtype):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 65), (14, 64, 128), (15, 32, 131), (30, 40, 3072)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_are_those_of_the_reference(shape, dtype):
+    """With weights that pick one column each, what comes out is a row's bytes, times its scale."""
+    rows, _, inner = shape
+    x, _, _ = call(*shape, dtype)
+    x[0, 0], x[-1, -1] = 300, -0.5  # halves, once the greatest is 127 steps
+    columns, exact = torch.tensor([inner // 2]), torch.zeros(inner, 1)
+    weight, scales, rotated = torch.eye(inner, dtype=torch.int8), torch.ones(inner), min(inner & -inner, 128)
+    packed = cpu.pack_weight(weight), scales, None, columns, cpu.pack_weight(exact), rotated
+    bytes_of, scale = reference.quantize_rows(x, columns, rotated)
+    expected = ((bytes_of.float() - 128) * scale[:, None]).to(dtype)
+    assert torch.equal(cpu.quantized_linear(x, *packed), expected)
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_alone_has_the_same_bits(dtype):
     """Whatever stands beside it, NaN too, and however many rows a thread has."""
@@ -111,8 +138,8 @@ def test_layers_in_one_call_or_several_have_the_same_bits():
     packed = CPU.pack(tensors)
     with ops.use_backend("cpu"):
         together = ops.encoder_forward(x, cu_seqlens, longest, packed, *rest)
-        one = ops.encoder_forward(x, cu_seqlens, longest, packed[:20], *rest)
-        assert torch.equal(ops.encoder_forward(one, cu_seqlens, longest, packed[20:], *rest), together)
+        one = ops.encoder_forward(x, cu_seqlens, longest, packed[: ops.LAYER_TENSORS], *rest)
+        assert torch.equal(ops.encoder_forward(one, cu_seqlens, longest, packed[ops.LAYER_TENSORS :], *rest), together)
 
 
 @pytest.mark.usefixtures("library")
@@ -168,7 +195,7 @@ def test_amx_and_no_avx2_leave_products_to_onednn(library, monkeypatch):  # noqa
     [
         (lambda call: call.update(weight=[call["weight"][0][:1]]), "has another shape than"),
         (lambda call: call.update(weight=[call["weight"][0].double()]), "none of float32, bfloat16 and int8"),
-        (lambda call: call.update(weight=call["weight"] * 2), "one tensor, or three of int8"),
+        (lambda call: call.update(weight=call["weight"] * 2), "one tensor, or five of int8"),
         (lambda call: call.update(weight=[call["weight"][0].to(torch.int8)]), "has another shape than"),
         (lambda call: call.update(columns=700), "has another shape than"),
         (lambda call: call.update(bias=torch.ones(5)), "bias is not .N. in x's dtype"),
@@ -181,4 +208,4 @@ def test_the_library_refuses_what_does_not_fit(change, words):
     given = {"x": torch.ones(3, 8), "weight": [panels_of(torch.ones(70, 8))], "columns": 70, "bias": torch.ones(70)}
     change(given)
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.fastbert_native.packed_linear(*given.values(), 0)
+        torch.ops.fastbert_native.packed_linear(*given.values(), 0, 1)
