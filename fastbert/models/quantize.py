@@ -146,7 +146,7 @@ def load_quantized(folder: str | os.PathLike[str], kind: Any = None) -> Any:
             raise FileNotFoundError(
                 f"{place} holds no {name}: fastbert.load_quantized reads what save_pretrained wrote"
             )
-    config = hf.stock_class("AutoConfig").from_pretrained(place)
+    config = hf.stock_class("AutoConfig").from_pretrained(place, trust_remote_code=False)
     if not getattr(config, KEY, False):
         raise ValueError(f"the model in {place} is not quantized by fastbert: load it with from_pretrained")
     model = (kind or hf.stock_class(config.architectures[0]))(config)
