@@ -330,7 +330,7 @@ template <typename Count>
 FASTBERT_INLINE Float value_of(Bytes, Int sum, const Float* exact, float scale, const PackedWeight& weight,
                                int64_t column, Count there) {
   const Int corrected = sum - 128 * bits_of<Int>(read<Word>(weight.sums + column, there));
-  const Float value = __builtin_convertvector(corrected, Float) * (load(weight.scales + column, there) * scale);
+  const Float value = __builtin_convertvector(corrected, Float) * load(weight.scales + column, there) * scale;
   return exact == nullptr ? value : value + *exact;
 }
 

@@ -153,7 +153,7 @@ def quantized_linear(
     exact: Any = None, rotated: int = 1, activation: str = "",
 ) -> Tensor:  # fmt: skip
     none = exact is None or not exact.shape[1]
-    columns = scales.new_empty(0, dtype=torch.int64) if none else columns
+    columns = scales.new_empty(0, dtype=torch.int64) if none or columns is None else columns.contiguous()
     panels = scales.new_empty(0) if none else exact.panels.float()
     parts = [weight.panels, scales.contiguous(), weight.sums, columns, panels]
     bias = None if bias is None else bias.to(x.dtype)

@@ -96,7 +96,7 @@ def test_an_accelerated_model_runs_its_products_in_int8():
     model = fastbert.quantize(small())
     alone = outputs(model, batch())
     fastbert.accelerate(model)
-    with ops.record() as calls:
+    with ops.record() as calls, ops.use_backend("torch"):
         fast = outputs(model, batch())
     assert [call.shapes[1] for call in calls if call.op == "quantized_linear"] == [
         (144, 48), (48, 48), (96, 48), (48, 96)
@@ -104,6 +104,11 @@ def test_an_accelerated_model_runs_its_products_in_int8():
     assert not {"linear", "feed_forward", "linear_gelu"} & {call.op for call in calls}
     real = batch()["attention_mask"].bool()
     torch.testing.assert_close(fast[real], alone[real], rtol=0.05, atol=0.05)  # a step of int8 may flip
+    if ops.encodes(torch.device("cpu"), torch.float32, quantized=True):
+        with ops.record() as calls:
+            whole = outputs(model, batch())
+        assert "encoder_forward" in {call.op for call in calls}
+        torch.testing.assert_close(whole[real], alone[real], rtol=0.05, atol=0.05)
     assert "quantized: the layers' products run in int8" in str(fastbert.explain(model))
     assert model._fastbert.cache.nbytes() > 0
     assert torch.equal(outputs(fastbert.restore(model), batch()), alone)
