@@ -27,6 +27,7 @@ NATIVE, EMULATED = "tests/build/test_*_native.py", "tests/build/test_unpad_emula
 # by tests/ops, beside those with a file in NATIVE
 ON_CPU = (
     "add_layer_norm", "attention", "embed_layer_norm", "encoder_forward", "feed_forward", "linear", "linear_gelu",
+    "quantized_linear",
 )  # fmt: skip
 ON_GPU = (
     "add_layer_norm", "attention", "bias_gelu", "dropout_bits", "embed_layer_norm", "feed_forward", "pad", "unpad",
@@ -122,7 +123,7 @@ def test_no_error_is_found_in_the_vector_code(
 
 
 def test_every_op_of_the_library_has_tests_here() -> None:
-    ops = {"linear_gelu"}  # which is packed_linear
+    ops = {"linear_gelu", "quantized_linear"}  # which are packed_linear
     for name in ("ops_cpu", "ops_encoder"):
         source = (ROOT / f"csrc/{name}.cpp").read_text()
         on_cpu = source.partition("STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m)")[2].partition("}")[0]
