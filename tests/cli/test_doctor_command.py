@@ -24,13 +24,13 @@ def test_doctor_command(tmp_path):
 def test_op_backends_obey_use_backend_and_give_reasons(monkeypatch):
     found = samples.op_backends("cpu")
     assert [*found] == [op.name for op in ops.ALL]
-    assert found["linear"] == {"torch": [], "reference": []}
-    refusing = dataclasses.replace(ops.linear.backends["torch"], refuse=lambda *call: ["not today"])
-    monkeypatch.setitem(ops.linear.backends, "torch", refusing)
-    monkeypatch.setattr(ops.linear, "_order", {})
-    assert samples.op_backends("cpu")["linear"] == {"torch": ["not today"], "reference": []}
+    assert found["pad"] == {"torch": [], "reference": []}
+    refusing = dataclasses.replace(ops.pad.backends["torch"], refuse=lambda *call: ["not today"])
+    monkeypatch.setitem(ops.pad.backends, "torch", refusing)
+    monkeypatch.setattr(ops.pad, "_order", {})
+    assert samples.op_backends("cpu")["pad"] == {"torch": ["not today"], "reference": []}
     with ops.use_backend("reference"):
-        assert samples.op_backends("cpu")["linear"] == {"reference": []}
+        assert samples.op_backends("cpu")["pad"] == {"reference": []}
 
 
 def test_doctor_gives_reasons_in_words(monkeypatch):

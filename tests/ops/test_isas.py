@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ CPU = Backend("cpu", "cpu")
 QUICK = ("edges", "one", "odd", "narrow")
 SOME = [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 WIDTHS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 768, 1024)  # around 4, 8 and 16 lanes, draws of 16, 32 and 64
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 STEPS = {torch.float32: 2**-17, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -25,7 +28,8 @@ def library():
         pytest.skip("; ".join(reasons))
 
 
-@pytest.fixture(params=native.ISAS)
+# quick: the code without instructions of its own, and the widest
+@pytest.fixture(params=[i if i in (native.ISAS[0], native.ISAS[-1]) else slow(i) for i in native.ISAS])
 def isa(request, library):
     """Kernels for CPUs use this instruction set and no more."""
     best = native.isa()
