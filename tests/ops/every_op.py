@@ -1,15 +1,5 @@
 """The tests of an op that names its SPEC: `from tests.ops.every_op import *`, and del what is not about that op."""
 
-from tests.ops.common import (  # noqa: F401
-    test_dtypes_and_shapes,
-    test_inputs_are_not_written,
-    test_opcheck,
-    test_other_sequences_do_not_matter,
-    test_parity,
-    test_reference_is_the_formula,
-    test_reruns_are_bitwise_equal,
-    test_strided_inputs,
-)
 from tests.ops.gradients import (  # noqa: F401
     test_a_backward_op_is_not_differentiated_itself,
     test_gradcheck,
@@ -25,3 +15,4 @@ from tests.ops.gradients import (  # noqa: F401
     test_reference_gradients_are_the_formulas,
     test_second_derivatives,
 )
+from tests.ops.inference_op import *  # noqa: F403

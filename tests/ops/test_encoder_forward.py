@@ -6,16 +6,7 @@ import torch
 from fastbert import ops
 from tests.ops.cases import CASES, cast
 from tests.ops.cases import ENCODER_FORWARD as SPEC
-from tests.ops.common import (  # noqa: F401
-    test_dtypes_and_shapes,
-    test_inputs_are_not_written,
-    test_opcheck,
-    test_other_sequences_do_not_matter,
-    test_parity,
-    test_reference_is_the_formula,
-    test_reruns_are_bitwise_equal,
-    test_strided_inputs,
-)
+from tests.ops.inference_op import *  # noqa: F403
 
 
 def arguments(**changes):

@@ -9,16 +9,7 @@ from fastbert import ops, torch_private
 from fastbert.ops import builtins, reference
 from tests.ops.cases import CASES, normal
 from tests.ops.cases import QUANTIZED_LINEAR as SPEC
-from tests.ops.common import (  # noqa: F401
-    test_dtypes_and_shapes,
-    test_inputs_are_not_written,
-    test_opcheck,
-    test_other_sequences_do_not_matter,
-    test_parity,
-    test_reference_is_the_formula,
-    test_reruns_are_bitwise_equal,
-    test_strided_inputs,
-)
+from tests.ops.inference_op import *  # noqa: F403
 
 EDGES = CASES[0]
 COLUMNS = torch.tensor([5, 0])
