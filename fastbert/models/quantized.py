@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.ops import reference
+from fastbert.ops.encoder import ROTATED
 
 EXACT_SHARE = 24  # of so many columns one stays in fp32
-ROTATED = 128  # columns are rotated in blocks of at most so many
 
 
 class QuantizedLinear(nn.Module):

@@ -8,8 +8,7 @@ values, because edits through `.data` (LoRA merges), numpy views and shared memo
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,34 +47,41 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A matrix, or a stack of layers, made from parameters, and what they were when it was made.
+    """Something made from tensors of a model, and what these were when it was made.
 
-    `live` are views of samples of the parameters, `samples` what they held. The views keep the parameters' memory, so
-    that its address is not given to others.
+    Args:
+        value: a matrix, a product in int8 (None: there is none), or the tensors of a stack (None: they are not alike).
+        live, samples: views of samples of the tensors, and what they held. The views keep the tensors' memory, so that
+            its address is not given to others.
     """
 
-    tensor: Tensor | PackedWeight | list[Tensor]
+    value: Any
     stamp: tuple[object, ...]
     samples: tuple[Tensor, ...]
     live: tuple[Tensor, ...]
 
+    def fits(self, stamp: tuple[object, ...]) -> bool:
+        """Whether the tensors are still those it was made from, as far as is looked at them."""
+        return self.stamp == stamp and native.same_values(self.live, self.samples)
 
-def sample(weight: Tensor) -> Tensor:
-    """A view of about SAMPLES values spread over weight [N, K]."""
-    rows, columns = weight.shape
-    if weight.is_contiguous():
+
+def sample(tensor: Tensor) -> Tensor:
+    """A view of about SAMPLES values spread over a matrix [N, K]; all of a vector."""
+    if tensor.dim() != 2:
+        return tensor.detach()
+    rows, columns = tensor.shape
+    if tensor.is_contiguous():
         step = max(1, rows * columns // SAMPLES) | 1  # odd, so that it is not one column that is always seen
-        return weight.detach().view(-1)[::step]
-    return weight.detach()[:: max(1, rows // 23), :: max(1, columns // 23)]
+        return tensor.detach().view(-1)[::step]
+    return tensor.detach()[:: max(1, rows // 23), :: max(1, columns // 23)]
 
 
 class MatrixCache:
-    """The prepared matrices of one model, by name."""
+    """What is prepared of one model: its matrices and int8 products by name, and the stack of its layers."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Prepared] = {}
-        self.stack: Prepared | None = None  # of all layers, made of `entries`
-        self.quantized: dict[str, tuple[tuple[object, ...], QuantizedProduct | None]] = {}
+        self.stack: Prepared | None = None
 
     def get(
         self, name: str, parameters: tuple[Tensor, ...], dtype: torch.dtype, graph: bool = False
@@ -88,98 +94,87 @@ class MatrixCache:
             self.entries.pop(name, None)
             self.stack = None
             return joined(parameters, dtype)
-        return self.prepared(name, parameters, dtype).tensor  # type: ignore[return-value]  # only the stack is a list
+        about = dtype, ops.packer(parameters[0].device, dtype)
+        entry = self.prepared(name, parameters, about, lambda: ops.pack_weight(joined(parameters, dtype)))
+        made: Tensor | PackedWeight = entry.value
+        return made
 
-    def prepared(self, name: str, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> Prepared:
-        """The entry of a matrix, made if there is none or the parameters have changed."""
-        stamp = stamp_of(parameters, dtype)
-        entry = self.entries.get(name)
-        if entry is not None and entry.stamp == stamp and native.same_values(entry.live, entry.samples):
-            return entry
-        live = tuple(sample(p) for p in parameters)
-        samples = tuple(view.clone() for view in live)  # before packing: another thread's edit meanwhile is seen later
-        tensor = ops.pack_weight(joined(parameters, dtype))
-        entry = self.entries[name] = Prepared(tensor, stamp, samples, live)
+    def get_quantized(self, name: str, linears: tuple[Any, ...], dtype: torch.dtype) -> QuantizedProduct | None:
+        """The rows of quantized linears in one product, packed; None: they differ. dtype: of x."""
+        tensors = tuple(t for linear in linears for t in (*linear.buffers(), linear.bias) if t is not None)
+        if any(t.is_inference() for t in tensors):
+            return rows_together(linears)
+        packer = ops.packer(tensors[0].device, dtype, ops.quantized_linear)
+        entry = self.prepared(name, tensors, (packer,), lambda: packed(rows_together(linears), packer))
+        made: QuantizedProduct | None = entry.value
+        return made
+
+    def prepared(
+        self, name: str, tensors: tuple[Tensor, ...], about: tuple[object, ...], make: Callable[[], object]
+    ) -> Prepared:
+        """The entry of a name, made if there is none or the tensors, or what else it is `about`, have changed."""
+        stamp, entry = (about, looks_at(tensors)), self.entries.get(name)
+        if entry is None or not entry.fits(stamp):
+            entry = self.entries[name] = prepare(tensors, stamp, make)
         return entry
 
-    def get_stack(self, layers: tuple[LayerModules, ...], dtype: torch.dtype) -> list[Tensor]:
-        """The tensors of `Stack`, of layers whose products' weights are all packed in panels, with biases."""
-        parameters = tuple(p for layer in layers for p in layer_parameters(layer))
-        stamp, entry = stamp_of(parameters, dtype), self.stack
-        if entry is not None and entry.stamp == stamp and native.same_values(entry.live, entry.samples):
-            return entry.tensor  # type: ignore[return-value]
-        tensors, copied, entries = list[Tensor](), list[Tensor](), list[Prepared]()
+    def get_stack(self, layers: tuple[LayerModules, ...], dtype: torch.dtype) -> list[Tensor] | None:
+        """The tensors of `Stack`; None: a product's weight is not packed in panels."""
+        tensors = tuple(p for layer in layers for p in layer_tensors(layer))
+        stamp, entry = ((dtype,), looks_at(tensors)), self.stack
+        if entry is None or not entry.fits(stamp):
+            entry = self.stack = prepare(tensors, stamp, lambda: self.stacked(layers, dtype))
+        found: list[Tensor] | None = entry.value
+        return found
+
+    def stacked(self, layers: tuple[LayerModules, ...], dtype: torch.dtype) -> list[Tensor] | None:
+        """The tensors of `Stack`, made of the entries of its matrices."""
+        found = list[Tensor]()
         for index, layer in enumerate(layers):
             for place, linears in groups_of(layer).items():
-                name, biases = f"layer.{index}.{place}", tuple(parameter(linear, "bias") for linear in linears)
-                if all(type(linear) is QuantizedLinear for linear in linears):
-                    product = self.get_quantized(name, linears, dtype)  # type: ignore[arg-type]
-                    assert product is not None
-                    tensors += packed_tensors(product)
-                else:
-                    weights = tuple(parameter(linear, "weight") for linear in linears)
-                    entries.append(self.prepared(name, weights, dtype))
-                    weight = entries[-1].tensor
-                    assert isinstance(weight, PanelWeight)
-                    tensors += (weight.panels, *[weight.panels.new_empty(0)] * 4)
-                tensors.append(joined(biases, dtype).detach())
-                copied += biases
+                product = read_product(linears, f"layer.{index}.{place}", self, dtype, graph=False)
+                if not isinstance(product.weight, PanelWeight) or product.bias is None:
+                    return None
+                found += (*packed_tensors(product), product.bias.detach().to(dtype))
                 if place in ("out", "second"):
-                    norm = layer.norm1 if place == "out" else layer.norm2
-                    gains = parameter(norm, "weight"), parameter(norm, "bias")
-                    tensors += (gain.detach().float().contiguous() for gain in gains)
-                    copied += gains
-        live = (*itertools.chain(*(e.live for e in entries)), *(p.detach() for p in copied))
-        samples = (*itertools.chain(*(e.samples for e in entries)), *(p.detach().clone() for p in copied))
-        self.stack = Prepared(tensors, stamp, samples, live)
-        return tensors
-
-    def get_quantized(
-        self, name: str, linears: tuple[QuantizedLinear, ...], dtype: torch.dtype
-    ) -> QuantizedProduct | None:
-        """The rows of quantized linears in one product, packed, made again after a change; None: they differ.
-
-        dtype: of x.
-        """
-        tensors = [t for linear in linears for t in (*linear.buffers(), linear.bias) if t is not None]
-        packer = ops.packer(tensors[0].device, dtype, ops.quantized_linear)
-        stamp = (packer, *((t.data_ptr(), t.shape, t.dtype, torch_private.version(t)) for t in tensors))
-        entry = self.quantized.get(name)
-        if entry is None or entry[0] != stamp:
-            product = rows_together(linears)
-            if product is not None and packer:
-                product = packed(product, packer)
-            entry = self.quantized[name] = stamp, product
-        return entry[1]
+                    gamma, beta, _ = norm(layer.norm1 if place == "out" else layer.norm2)
+                    found += (gain.detach().float().contiguous() for gain in (gamma, beta))
+        return found
 
     def nbytes(self) -> int:
-        """Memory held by the copies, in bytes."""
-        joined = [product for _, product in tuple(self.quantized.values()) if product is not None]
-        quantized = sum(t.nbytes for p in joined for t in (p.weight, p.scales, p.exact))
-        packed = [entry.tensor for entry in tuple(self.entries.values())]
-        return quantized + sum(tensor.nbytes for tensor in packed if not isinstance(tensor, list))
+        """Memory held by the copies of matrices, in bytes."""
+        return sum(nbytes_of(entry.value) for entry in tuple(self.entries.values()))
 
 
-def stamp_of(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
-    """What is looked at of parameters to see whether they have changed, and for what they are packed."""
-    looks = [(p.data_ptr(), p.shape, p.stride(), torch_private.version(p)) for p in parameters]
-    return (dtype, ops.packer(parameters[0].device, dtype), *looks)
+def prepare(tensors: tuple[Tensor, ...], stamp: tuple[object, ...], make: Callable[[], object]) -> Prepared:
+    """What `make` gives, and what the tensors were before: another thread's edit meanwhile is seen later."""
+    live = tuple(map(sample, tensors))
+    samples = tuple(view.clone() for view in live)
+    return Prepared(make(), stamp, samples, live)
 
 
-def layer_parameters(layer: LayerModules) -> list[Tensor]:
+def looks_at(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """What is looked at of tensors to see whether they have changed."""
+    return tuple((t.data_ptr(), t.shape, t.stride(), torch_private.version(t)) for t in tensors)
+
+
+def nbytes_of(made: Any) -> int:
+    """Memory of a prepared matrix, or of an int8 product, in bytes."""
+    if isinstance(made, QuantizedProduct):
+        return made.weight.nbytes + made.scales.nbytes + made.exact.nbytes
+    return 0 if made is None else int(made.nbytes)
+
+
+def layer_tensors(layer: LayerModules) -> list[Tensor]:
     """The parameters of a layer's linears and LayerNorms; of quantized linears their buffers too."""
+    modules: tuple[nn.Module, ...] = (*layer.linears(), *layer.norms())
     found = list[Any]()
-    for module in modules_of(layer):
+    for module in modules:
         if type(module) is QuantizedLinear:
             found += [*module.buffers(), module.bias]
         else:
             found += [parameter(module, "weight"), parameter(module, "bias")]
     return found
-
-
-def modules_of(layer: LayerModules) -> tuple[nn.Module, ...]:
-    """A layer's linears, quantized ones among them, and its LayerNorms."""
-    return *layer.linears(), *layer.norms()
 
 
 def groups_of(layer: LayerModules) -> dict[str, tuple[nn.Module, ...]]:
@@ -188,21 +183,27 @@ def groups_of(layer: LayerModules) -> dict[str, tuple[nn.Module, ...]]:
     return {"qkv": qkv, "out": (layer.out,), "first": (layer.w1,), "second": (layer.w2,)}
 
 
-def packed(product: QuantizedProduct, backend: str) -> QuantizedProduct:
-    """The product with its plain weights packed for a backend."""
+def packed(product: QuantizedProduct | None, backend: str) -> QuantizedProduct | None:
+    """The product with its plain weights packed for a backend; backend "": as it is."""
+    if product is None or not backend:
+        return product
     weight, exact = (ops.pack_weight(t, backend) for t in (product.weight, product.exact) if isinstance(t, Tensor))
     return dataclasses.replace(product, weight=weight, exact=exact)
 
 
-def packed_tensors(product: QuantizedProduct) -> tuple[Tensor, ...]:
-    """The first five tensors of a product of `encoder_forward`."""
-    weight, exact = product.weight, product.exact
-    assert isinstance(weight, PanelWeight) and weight.sums is not None
-    panels = exact.panels if isinstance(exact, PanelWeight) else product.scales.new_empty(0)
-    return weight.panels, product.scales.contiguous(), weight.sums, product.columns, panels
+def packed_tensors(product: Product | QuantizedProduct) -> tuple[Tensor, ...]:
+    """The tensors of a product of `encoder_forward` whose weight is packed in panels, without its bias."""
+    weight = product.weight
+    assert isinstance(weight, PanelWeight)
+    none = weight.panels.new_empty(0)
+    if isinstance(product, Product):
+        return weight.panels, none, none, none, none
+    assert weight.sums is not None
+    exact = product.exact.panels if isinstance(product.exact, PanelWeight) else none.float()  # of no columns
+    return weight.panels, product.scales.contiguous(), weight.sums, product.columns, exact
 
 
-def rows_together(linears: tuple[QuantizedLinear, ...]) -> QuantizedProduct | None:
+def rows_together(linears: tuple[Any, ...]) -> QuantizedProduct | None:
     """One product with the rows of all these; None: not all have the same exact columns, or only some a bias."""
     first, biases = linears[0], [linear.bias for linear in linears if linear.bias is not None]
     if any(not torch.equal(linear.columns, first.columns) for linear in linears) or len(biases) % len(linears):
@@ -236,8 +237,8 @@ def read_product(
     linears: tuple[nn.Module, ...], name: str, cache: MatrixCache, dtype: torch.dtype, graph: bool
 ) -> Product | QuantizedProduct:
     """One product with the rows of all these linears, as they are now, in the compute dtype or in int8."""
-    quantized = tuple(linear for linear in linears if type(linear) is QuantizedLinear)
-    if len(quantized) == len(linears) and (together := cache.get_quantized(name, quantized, dtype)) is not None:
+    quantized = all(type(linear) is QuantizedLinear for linear in linears)
+    if quantized and (together := cache.get_quantized(name, linears, dtype)) is not None:
         return together
     if any(type(linear) is not nn.Linear for linear in linears):
         return Product(None, modules=linears)
@@ -306,20 +307,15 @@ def read_stack(layers: tuple[LayerModules, ...], cache: MatrixCache, dtype: torc
         return None
     if not ops.encodes(parameter(first.norm1, "weight").device, dtype, kind is QuantizedLinear):
         return None
-    for index, layer in enumerate(layers):
+    for layer in layers:
         linears: tuple[nn.Module, ...] = layer.linears()
         if any(type(linear) is not kind or parameter(linear, "bias") is None for linear in linears):
-            return None
-        if kind is QuantizedLinear:
-            qkv = layer.query, layer.key, layer.value
-            if cache.get_quantized(f"layer.{index}.qkv", qkv, dtype) is None:  # type: ignore[arg-type]
-                return None
-        elif not keeps_copies(tuple(parameter(linear, "weight") for linear in linears), dtype):
             return None
     settings = settings_of(first)
     if settings is None or any(settings_of(layer) != settings for layer in layers):
         return None
-    return Stack(cache.get_stack(layers, dtype), *settings)
+    tensors = cache.get_stack(layers, dtype)
+    return None if tensors is None else Stack(tensors, *settings)
 
 
 def settings_of(layer: LayerModules) -> tuple[int, float, float, str] | None:

@@ -185,3 +185,26 @@ def test_a_folder_that_is_not_quantized_is_refused(tmp_path):
     small().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not quantized by fastbert: load it with from_pretrained"):
         fastbert.load_quantized(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["int8_weight", "scales", "exact", "columns", "bias"])
+def test_an_edit_of_what_is_quantized_is_seen(name):
+    """Also through `.data`, which changes no version."""
+    model = fastbert.accelerate(fastbert.quantize(small()))
+    before = outputs(model, batch())
+    linear = model.encoder.layer[1].output.dense
+    edited = getattr(linear, name).data
+    edited.copy_(edited.flip(0) if name == "columns" else torch.ones_like(edited))
+    after = outputs(model, batch())
+    assert not torch.equal(after, before)
+    with ops.use_backend("torch"):
+        torch.testing.assert_close(after, outputs(model, batch()), rtol=0.05, atol=0.05)  # a step of int8 may flip
+
+
+def test_inference_tensors_are_looked_at_every_time():
+    """They have no version that would tell of a change."""
+    with torch.inference_mode():
+        model = fastbert.accelerate(fastbert.quantize(small()))
+        before = model(**batch())[0]
+        model.encoder.layer[0].output.dense.int8_weight[3, 5] += 64
+        assert not torch.equal(model(**batch())[0], before)
