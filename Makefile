@@ -23,9 +23,9 @@ run: setup ## a real BERT through stock HuggingFace and fastbert: parity, speed,
 test: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## style, types and every test but the slow ones
 	$(BIN)/python -m pytest -p tests.rooms -m "not slow" tests
 
-test-all: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## the same and the slow ones, then test-compat
+test-all: setup $(ANTIBERTY)/done $(HUGGINGFACE_TESTS)/done ## the same and the slow ones, then test-compat and test-abi
 	$(BIN)/python -m pytest -p tests.rooms tests
-	$(MAKE) test-compat
+	$(MAKE) test-compat test-abi
 
 # noxfile.py's rows; 16 GB below .cache, and Python 3.10, 3.12 and 3.13 must be on the machine
 test-compat: setup $(ANTIBERTY)/done ## one wheel beside transformers 5.11, 5.17 and newest, torch 2.11 and newest
