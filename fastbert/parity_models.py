@@ -34,6 +34,9 @@ from fastbert.parity import judge
 
 # At and beside tile sizes; then short rows, because outputs of one row a sequence need rows to be judged by.
 LENGTHS = (512, 511, 128, 127, 65, 64, 63, 17, 16, 15, 1, *range(2, 15))
+# Of a tensor whose rms passes and whose largest error does not. HuggingFace's own error at an ill-conditioned token
+# differs tenfold between inputs that differ by one rounding: that of one run says little (docs/numerics.md).
+DRAWS = 8
 # The only [B, S] outputs, by class and field; other 2-D ones are one row a sequence.
 TOKEN_LOGITS = ("start_logits", "end_logits", "ElectraForPreTrainingOutput.logits")
 
@@ -197,32 +200,61 @@ def compare_models(
     """
     inputs = {name: x.to(device) for name, x in inputs.items()}
     labels = {name: x.to(device) for name, x in (labels or {}).items()}
-    base_model = fastbert.restore(copy.deepcopy(stock)).to(device=device, dtype=dtype).eval()
-    ours_model = (accelerate or functools.partial(fastbert.accelerate, pad_output="zeros"))(copy.deepcopy(base_model))
-    steps = itertools.count()
-    count = 2 * len(like_lengths(inputs)) + 2  # stock's parts twice, ours, the judging
+    make = accelerate or functools.partial(fastbert.accelerate, pad_output="zeros")
+    parts = len(like_lengths(inputs))  # stock runs them twice; ours is one forward more, then the judging
 
-    def step() -> None:
-        progress(f"parity, {dtype_name(dtype)}", next(steps), count)
+    def draw(number: int) -> tuple[list[dict[str, Tensor]], Counter[str], nn.Module]:
+        """Outputs of ours, ref and base; the op calls of ours; our model."""
+        phase = f"parity, {dtype_name(dtype)}" + (f", draw {number + 1} of {DRAWS}" if number else "")
+        steps = itertools.count()
 
-    step()
-    with torch.inference_mode():
-        with ops.record() as calls:
-            ours = collect(ours_model, inputs, labels, step)
-        base = collect(base_model, inputs, labels, step, parts=True)
-        ref = collect(base_model.double(), inputs, labels, step, parts=True)
-    counts = Counter(call.op for call in calls)
+        def step() -> None:
+            progress(phase, next(steps), 2 * parts + 2)
+
+        step()
+        base_model = fastbert.restore(copy.deepcopy(stock)).to(device=device, dtype=dtype).eval()
+        if number:
+            nudge(base_model, number)
+        ours_model = make(copy.deepcopy(base_model))
+        with torch.inference_mode():
+            with ops.record() as calls:
+                ours = collect(ours_model, inputs, labels, step)
+            base = collect(base_model, inputs, labels, step, parts=True)
+            ref = collect(base_model.double(), inputs, labels, step, parts=True)
+        step()
+        return [ours, ref, base], Counter(call.op for call in calls), ours_model
+
+    first, counts, ours_model = draw(0)
+    verdicts = {name: judge(first[0][name], first[1][name], first[2][name]) for name in first[0]}
+    places = {name: f"worst at {list(verdict.index)}" for name, verdict in verdicts.items()}
+    again = [name for name, v in verdicts.items() if v.max_ratio > 1 >= v.rms_ratio]
+    if again:
+        draws = [first, *([{name: run[name] for name in again} for run in draw(n)[0]] for n in range(1, DRAWS))]
+        for name in again:
+            ours, ref, base = (torch.cat([runs[which][name] for runs in draws]) for which in range(3))
+            verdicts[name] = judge(ours, ref, base)
+            number, row = divmod(verdicts[name].index[0], len(first[0][name]))
+            places[name] = f"worst at {[row, *verdicts[name].index[1:]]} of draw {number + 1} of {DRAWS}"
     fast = counts["attention"] + counts["encoder_forward"] == layers(stock) > 0  # all hidden states: a layer a call
     rows = []
-    for name, expected in ref.items():
-        verdict = judge(ours[name], expected, base[name])
+    for name, verdict in verdicts.items():
         layer = int(name.rpartition(".")[2]) if name.startswith("hidden_states.") else None
         rows.append(
             Row(name, dtype_name(dtype), layer, verdict.max_ratio, verdict.rms_ratio, verdict.max_error,
-                verdict.passed, verdict.note or f"worst at {list(verdict.index)}")
+                verdict.passed, verdict.note or places[name])
         )  # fmt: skip
-    step()
     return Comparison(tuple(rows), dict(counts), fast, "" if fast else str(fastbert.explain(ours_model)))
+
+
+@torch.no_grad()
+def nudge(model: nn.Module, seed: int) -> None:
+    """Moves every number of the embedding tables by about one rounding step up, down, or not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            weight = module.weight
+            ways = torch.randint(-1, 2, weight.shape, generator=generator).to(weight.device)
+            weight.copy_(weight.double() * (1 + ways * torch.finfo(weight.dtype).eps))
 
 
 def collect(
