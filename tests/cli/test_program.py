@@ -68,7 +68,8 @@ def test_files_that_cannot_be_written_are_refused_at_once(tiny, tmp_path, monkey
     for command in (["doctor"], ["parity", str(tiny)], ["bench", str(tiny)]):
         done = run(cli.app, [*command, "--json", str(tmp_path / "x.json")])
         assert done.exit_code == 2
-        assert "x.json cannot be written" in " ".join(done.stderr.replace("│", " ").split())
+        words = "".join(done.stderr.replace("│", "").split())  # a long path is broken at any letter
+        assert "x.jsoncannotbewritten" in words
     done = run(cli.app, ["bench", str(tiny), "--plot", "/no/such/folder/p.png"])
     assert "--plot: there is no folder /no/such/folder" in " ".join(done.stderr.replace("│", " ").split())
 
