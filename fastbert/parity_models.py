@@ -191,6 +191,9 @@ def compare_models(
     `stock` is not changed; if it is accelerated its copies are restored first. Hidden states are asked for. The stock
     runs take the batch in parts of like length, which have less padding; ours is one forward.
 
+    A tensor that only its largest error fails is judged once more, by the same rule, over `DRAWS` draws together: in
+    each of the others the embedding tables' numbers are moved by about one rounding step, alike in all three runs.
+
     Args:
         labels: further arguments, rows first, with which the model returns a loss (labels, start_positions …). The loss
             is judged as the row "loss", token by token or row by row: see `unreduced_losses`. Labels of masked

@@ -1,6 +1,6 @@
 """The tests of an op that names its SPEC: `from tests.ops.every_op import *`, and del what is not about that op."""
 
-from tests.ops.gradients import (  # noqa: F401
+from tests.ops.gradients import (  # noqa: F401 - pytest finds them here
     test_a_backward_op_is_not_differentiated_itself,
     test_gradcheck,
     test_gradients,
@@ -15,4 +15,4 @@ from tests.ops.gradients import (  # noqa: F401
     test_reference_gradients_are_the_formulas,
     test_second_derivatives,
 )
-from tests.ops.inference_op import *  # noqa: F403
+from tests.ops.inference_op import *  # noqa: F403 - its tests are this module's

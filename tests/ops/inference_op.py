@@ -1,6 +1,6 @@
 """The tests of an op that names its SPEC and has no gradient: `from tests.ops.inference_op import *`."""
 
-from tests.ops.common import (  # noqa: F401
+from tests.ops.common import (  # noqa: F401 - pytest finds them here
     test_dtypes_and_shapes,
     test_inputs_are_not_written,
     test_opcheck,

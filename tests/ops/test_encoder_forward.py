@@ -6,7 +6,7 @@ import torch
 from fastbert import ops
 from tests.ops.cases import CASES, cast
 from tests.ops.cases import ENCODER_FORWARD as SPEC
-from tests.ops.inference_op import *  # noqa: F403
+from tests.ops.inference_op import *  # noqa: F403 - its tests are this module's
 
 
 def arguments(**changes):

@@ -9,7 +9,7 @@ from fastbert import ops, torch_private
 from fastbert.ops import builtins, reference
 from tests.ops.cases import CASES, normal
 from tests.ops.cases import QUANTIZED_LINEAR as SPEC
-from tests.ops.inference_op import *  # noqa: F403
+from tests.ops.inference_op import *  # noqa: F403 - its tests are this module's
 
 EDGES = CASES[0]
 COLUMNS = torch.tensor([5, 0])
