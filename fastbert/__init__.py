@@ -6,8 +6,11 @@ print(fastbert.explain(model))          # which path runs, and in words why not 
 from fastbert import BertModel          # or by import: stock names, stock checkpoints
 """
 
+import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
+from fastbert._imports import after_import
 from fastbert._paths import register_kernels
 
 register_kernels()
@@ -97,7 +100,7 @@ if TYPE_CHECKING:
 
     from fastbert.models.accelerate import accelerate as accelerate
     from fastbert.models.accelerate import explain, restore
-    from fastbert.models.quantize import load_quantized, quantize
+    from fastbert.models.quantize import quantize
     from fastbert.ops import use_backend, use_batch_invariant
     from fastbert.pooling import pool
 
@@ -124,9 +127,22 @@ __all__ = [
     "RobertaForMultipleChoice", "RobertaForQuestionAnswering", "RobertaForSequenceClassification",
     "RobertaForTokenClassification", "RobertaModel", "XLMRobertaForCausalLM", "XLMRobertaForMaskedLM",
     "XLMRobertaForMultipleChoice", "XLMRobertaForQuestionAnswering", "XLMRobertaForSequenceClassification",
-    "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "load_quantized", "pool", "quantize", "restore",
+    "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "pool", "quantize", "restore",
     "use_backend", "use_batch_invariant",
 ]  # fmt: skip
+
+
+def _register_quantizer() -> None:
+    """Teaches `from_pretrained` what `quantize` makes; where it cannot, one warning says so."""
+    try:
+        importlib.import_module("fastbert.models.quantizer")
+    except Exception as error:  # whatever a changed interface raises, transformers must go on
+        logging.getLogger("fastbert").warning(
+            f"models that fastbert.quantize made cannot be loaded: {type(error).__name__}: {error}"
+        )
+
+
+after_import("transformers.quantizers.auto", _register_quantizer)
 
 
 def __getattr__(name: str) -> Any:
@@ -135,10 +151,10 @@ def __getattr__(name: str) -> Any:
         from fastbert.models import accelerate as module
 
         return getattr(module, name)
-    if name in ("quantize", "load_quantized"):
-        from fastbert.models import quantize as quantizing
+    if name == "quantize":
+        from fastbert.models.quantize import quantize
 
-        return getattr(quantizing, name)
+        return quantize
     if name in ("use_backend", "use_batch_invariant"):
         from fastbert import ops
 

@@ -112,8 +112,8 @@ def inspect(model: str, allow_pickle: bool = False) -> None:
         )
     if config.get("quantization_config"):
         raise CheckpointError(
-            f"{model} is quantized (quantization_config in config.json): its layers run HuggingFace's own path, and "
-            "there is nothing to compare. Name the checkpoint that it was made from"
+            f"{model} is quantized (quantization_config in config.json), and there is no path of HuggingFace's and "
+            "another to compare. Name the checkpoint that it was made from"
         )
     if _file(model, "adapter_config.json"):  # of a hub id transformers would load the model that this names
         raise CheckpointError(

@@ -12,7 +12,7 @@ from fastbert import hf
 from fastbert.models.families import AUTO_CLASSES, FAMILIES, Family
 from fastbert.models.forward import PAD_OUTPUTS, State, logger, make_forward
 from fastbert.models.heads import HEADS, TOKEN_HEADS, make_head_forward
-from fastbert.models.quantized import QuantizedLinear
+from fastbert.models.quantized import QuantizedLinear, says_int8
 from fastbert.models.structure import forward_reasons, model_reasons, position_reasons
 from fastbert.models.weights import MatrixCache
 from fastbert.once import once
@@ -80,7 +80,7 @@ def make_init(stock: type[Any]) -> Any:
     @functools.wraps(stock.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, *args, **kwargs)
-        accelerate(self)
+        accelerate_in_place(self, base_models(self))
 
     return __init__
 
@@ -146,12 +146,29 @@ def accelerate(model: Model, pad_output: str | None = None) -> Model:
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: no supported model is inside it, or `pad_output` is unknown.
+        ValueError: no supported model is inside it, its checkpoint is int8 and was loaded without fastbert, or
+            `pad_output` is unknown.
     """
     check_module(model, "accelerate")
     if pad_output not in (None, *PAD_OUTPUTS):
         raise ValueError(f"pad_output is {pad_output!r}; it can be {' or '.join(map(repr, PAD_OUTPUTS))}")
     found = known_models(model)
+    for _, base, _ in found:
+        check_int8(base)
+    return accelerate_in_place(model, found, pad_output)
+
+
+def check_int8(base: Any) -> None:
+    """Raises ValueError if a base model's config says int8 and its products are not: its weights are random."""
+    if says_int8(base.config) and not any(type(module) is QuantizedLinear for module in base.modules()):
+        raise ValueError(
+            f"the checkpoint of this {type(base).__name__} is quantized by fastbert and was loaded before fastbert was "
+            "imported, so its weights are random: import fastbert first, then load it"
+        )
+
+
+def accelerate_in_place(model: Model, found: list[tuple[str, Any, Family]], pad_output: str | None = None) -> Model:
+    """Gives the base models that were found in `model` their fast class and state. Returns `model`."""
     exact, missing = reduces_over_positions(model), hf.missing()  # where names are missing, classes stay HuggingFace's
     for _, base, family in found:
         if type(base) is hf.stock_class(family.model) and not missing:

@@ -1,4 +1,4 @@
-"""`quantize` and `load_quantized`: the products of the encoder's layers in int8, for inference.
+"""`quantize`: the products of the encoder's layers in int8, for inference.
 
 Weights are int8 with one scale a row, activations u8 (zero point 128) with one scale a token, chosen at run time. The
 few columns of a product's input that hold outliers stay in fp32 (Dettmers et al. 2022, "LLM.int8()"); which they are is
@@ -8,22 +8,19 @@ found once, by a forward. The others are rotated in blocks, which spreads what i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastbert import hf
-from fastbert.models.accelerate import Model, check_module, known_models
+from fastbert.models.accelerate import Model, check_int8, check_module, known_models
 from fastbert.models.families import Family
-from fastbert.models.quantized import EXACT_SHARE, QuantizedLinear
-from fastbert.models.structure import TOKENWISE, at, kind_of
+from fastbert.models.quantized import EXACT_SHARE, QuantizedLinear, linears, put
+from fastbert.models.quantizer import mark
+from fastbert.models.structure import TOKENWISE, kind_of
 
 ROWS, LENGTH = 8, 128  # of the token ids that find outliers where no inputs are given
-KEY = "fastbert_int8"  # of a config: that its model is quantized
 
 
 def quantize(model: Model, inputs: Iterable[Mapping[str, Any]] | None = None) -> Model:
@@ -31,7 +28,9 @@ def quantize(model: Model, inputs: Iterable[Mapping[str, Any]] | None = None) ->
 
     Query, key, value, attention's output and both products of the feed-forward become `QuantizedLinear`; embeddings,
     attention, LayerNorms, poolers and heads stay as they are. Accelerated models stay accelerated, others can be.
-    `state_dict`, `save_pretrained`, copies and pickles carry int8; `load_quantized` reads what `save_pretrained` wrote.
+    `state_dict`, `save_pretrained`, copies and pickles carry int8. What `save_pretrained` wrote is loaded as any
+    checkpoint is, by `from_pretrained` of transformers or of fastbert or by SentenceTransformer, once fastbert is
+    imported.
 
     Args:
         model: a HuggingFace model of a known family, or any module that holds one.
@@ -43,35 +42,28 @@ def quantize(model: Model, inputs: Iterable[Mapping[str, Any]] | None = None) ->
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: no supported model is inside it, it is quantized already (by fastbert or others), it holds LoRA
-            adapters, or weights on the meta device.
+        ValueError: no supported model is inside it, it is quantized already (by fastbert or others), was loaded
+            quantized without fastbert, holds LoRA adapters, or has its weights on the meta device.
     """
     check_module(model, "quantize")
     found = known_models(model)
     for name, base, family in found:
+        check_int8(base)
         if reasons := refusals(base, family):
             raise ValueError(f"fastbert.quantize cannot take {name or type(model).__name__}: {'; '.join(reasons)}")
     given = None if inputs is None else list(inputs)
     for _, base, family in found:
         outliers = outlier_columns(base, family, given)
         for path, linear in linears(base, family):
-            parent, _, leaf = path.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, QuantizedLinear.of(linear, outliers[path]))
-    for module in model.modules():
-        if isinstance(config := getattr(module, "config", None), hf.stock_class("PreTrainedConfig")):
-            setattr(config, KEY, True)
+            put(base, path, QuantizedLinear.of(linear, outliers[path]))
+    mark(model)
     return model
-
-
-def linears(base: Any, family: Family) -> Iterator[tuple[str, Any]]:
-    """The layers' linear modules with their paths from the base model."""
-    for index in range(len(at(base, family.layers))):
-        for path in family.linears():
-            yield f"{family.layers}.{index}.{path}", at(base, f"{family.layers}.{index}.{path}")
 
 
 def refusals(base: Any, family: Family) -> list[str]:
     """In words, why the products of a base model cannot be quantized."""
+    if family.refusal:
+        return [family.refusal]
     reasons = []
     for path, linear in linears(base, family):
         kind = kind_of(linear)
@@ -125,47 +117,3 @@ def random_inputs(base: Any) -> Iterator[dict[str, Tensor]]:
     low = min(1000, vocabulary // 2)  # above the special tokens of BERT's vocabularies
     ids = torch.randint(low, vocabulary, (ROWS, length), generator=generator)
     yield {"input_ids": ids.to(base.embeddings.word_embeddings.weight.device)}
-
-
-def load_quantized(folder: str | os.PathLike[str], kind: Any = None) -> Any:
-    """A quantized model from the folder that its `save_pretrained` wrote, in eval mode on the CPU.
-
-    Args:
-        folder: holds config.json and model.safetensors.
-        kind: the model's class; None: the stock class that the config names.
-
-    Raises:
-        FileNotFoundError: config.json or model.safetensors is not there.
-        ValueError: the model there is not quantized by fastbert, or its tensors are not those of its class.
-    """
-    from safetensors.torch import load_file
-
-    place = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (place / name).is_file():
-            raise FileNotFoundError(
-                f"{place} holds no {name}: fastbert.load_quantized reads what save_pretrained wrote"
-            )
-    config = hf.stock_class("AutoConfig").from_pretrained(place, trust_remote_code=False)
-    if not getattr(config, KEY, False):
-        raise ValueError(f"the model in {place} is not quantized by fastbert: load it with from_pretrained")
-    model = (kind or hf.stock_class(config.architectures[0]))(config)
-    tensors = load_file(place / "model.safetensors")
-    model.to(config.dtype or torch.float32)
-    for name, base, family in known_models(model):
-        for path, linear in linears(base, family):
-            parent, _, leaf = path.rpartition(".")
-            columns = tensors.get(f"{name}.{path}.columns" if name else f"{path}.columns")
-            made = QuantizedLinear(
-                linear.in_features, linear.out_features, linear.bias is not None,
-                None if columns is None else columns.shape[0],
-            ).to(linear.weight.dtype)  # fmt: skip
-            setattr(base.get_submodule(parent), leaf, made)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    model.tie_weights()
-    tied = getattr(model, "_tied_weights_keys", None) or ()
-    missing = [key for key in missing if key not in tied]
-    if missing or unexpected:
-        words = ", ".join([*(f"{k} is missing" for k in missing[:3]), *(f"{k} is unknown" for k in unexpected[:3])])
-        raise ValueError(f"the tensors in {place} are not those of {type(model).__name__}: {words}")
-    return model.eval()

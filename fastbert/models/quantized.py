@@ -1,18 +1,22 @@
-"""The int8 product as a module, which `quantize` puts at the place of an nn.Linear."""
+"""The int8 product as a module, which stands at the place of every nn.Linear of a quantized model's layers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import ops
+from fastbert.models.families import Family
 from fastbert.ops import reference
 from fastbert.ops.encoder import ROTATED
 
 EXACT_SHARE = 24  # of so many columns one stays in fp32
+METHOD = "fastbert"  # the quant_method in the quantization_config of config.json
+WIDE = ("scales", "exact")  # buffers that stay in fp32 whatever a model's dtype is
 
 
 class QuantizedLinear(nn.Module):
@@ -27,15 +31,14 @@ class QuantizedLinear(nn.Module):
     columns: Tensor
     exact: Tensor
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, columns: int | None = None) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, columns: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.rotated = math.gcd(in_features, ROTATED)
-        count = -(-in_features // EXACT_SHARE) if columns is None else columns
         self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.ones(out_features, dtype=torch.float32))
-        self.register_buffer("columns", torch.arange(count))
-        self.register_buffer("exact", torch.zeros(out_features, count, dtype=torch.float32))
+        self.register_buffer("columns", torch.arange(columns))
+        self.register_buffer("exact", torch.zeros(out_features, columns, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
 
     @classmethod
@@ -52,7 +55,7 @@ class QuantizedLinear(nn.Module):
         return made.train(linear.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        wide = {name: self._buffers[name] for name in ("scales", "exact")}
+        wide = {name: self._buffers[name] for name in WIDE}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in wide.items():
             after = self._buffers[name]
@@ -74,6 +77,44 @@ class QuantizedLinear(nn.Module):
         y: Tensor = ops.quantized_linear(rows, *weights)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def after_loading(self, name: str) -> None:
+        """Looks at tensors that came from a checkpoint, and makes them what `of` makes. name: for errors.
+
+        Raises:
+            ValueError: they are none that `of` makes.
+        """
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        for key in WIDE:
+            if self.get_buffer(key).dtype != torch.float32:
+                raise ValueError(f"{name}.{key} was loaded in {self.get_buffer(key).dtype} and not in float32")
+        if self.columns.is_meta or self.scales.is_meta:  # offloaded: nothing to look at
+            return
+        steps = torch.cat([self.columns.new_tensor([-1]), self.columns, self.columns.new_tensor([self.in_features])])
+        if self.columns.dtype != torch.int64 or not bool((steps.diff() > 0).all()):
+            raise ValueError(f"the checkpoint is damaged: {name}.columns does not rise below {self.in_features}")
+        if not bool((self.scales.isfinite() & (self.scales > 0)).all()):
+            raise ValueError(f"the checkpoint is damaged: {name}.scales are not all finite and above 0")
+
     def extra_repr(self) -> str:
         """Its sizes, as nn.Linear shows them."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, exact={self.columns.shape[0]}"
+
+
+def linears(base: Any, family: Family) -> Iterator[tuple[str, Any]]:
+    """The linear modules of a base model's layers with their paths from it."""
+    for index in range(len(base.get_submodule(family.layers))):
+        for path in family.linears():
+            yield (whole := f"{family.layers}.{index}.{path}"), base.get_submodule(whole)
+
+
+def put(base: Any, path: str, made: nn.Module) -> None:
+    """Another module at the place of the one at a path from a base model."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(base.get_submodule(parent), leaf, made)
+
+
+def says_int8(config: Any) -> bool:
+    """Whether a model's config says that fastbert has quantized it; its quantization_config may be a dict."""
+    found = getattr(config, "quantization_config", None)
+    return (found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)) == METHOD

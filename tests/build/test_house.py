@@ -41,6 +41,7 @@ LEVELS = [
         "fastbert.proven",
         "fastbert.pooling",
         "fastbert._paths",
+        "fastbert._imports",
     ],
 ]
 SOURCES = sorted(path for path in (ROOT / "fastbert").rglob("*.py"))

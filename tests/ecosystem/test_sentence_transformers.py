@@ -31,6 +31,14 @@ def both(cls, folder, **options):
     return expected, fastbert.accelerate(copy.deepcopy(expected))
 
 
+def test_saved_in_int8_it_is_loaded_in_int8(saved, tmp_path):
+    model = fastbert.accelerate(fastbert.quantize(SentenceTransformer(saved("BertModel", "bert"), device="cpu")))
+    model.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    assert fastbert.explain(fastbert.accelerate(loaded)).models[0].quantized
+    assert torch.equal(encode()(model), encode()(loaded))
+
+
 @pytest.mark.parametrize("options", [{}, {"normalize_embeddings": True}, {"prompt": "w20 w21 "}], ids=str)
 def test_encode(options, saved):
     expected, model = both(SentenceTransformer, saved("BertModel", "bert"))

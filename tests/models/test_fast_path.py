@@ -316,7 +316,7 @@ def test_names_that_are_not_there():
     with pytest.raises(ImportError):
         from fastbert import GPT2Model  # noqa: F401
     assert "accelerate" not in fastbert.__all__ and "accelerate" in dir(fastbert)
-    others = {"explain", "load_quantized", "pool", "quantize", "restore", "use_backend", "use_batch_invariant"}
+    others = {"explain", "pool", "quantize", "restore", "use_backend", "use_batch_invariant"}
     assert set(fastbert.__all__) == {*PUBLIC_CLASSES, *others}
     for name in fastbert.__all__:
         assert getattr(fastbert, name) is not None
