@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cards import Card, card_of, device_reasons, dtype_reasons, precision_of
+from .cards import SPILLING, Card, card_of, device_reasons, dtype_reasons, precision_of
 from .linear import sum_of_rows
 
 CLASSES = (64, 128, 256, 512)  # the longest sequence of each length class; a last class holds longer ones
@@ -79,7 +79,8 @@ def choose_tiles(longest: int, dim: int, dtype: torch.dtype, card: Card, precisi
         return Tiles(64, 64 if longest <= 64 else 128, 4, 1, ctas=2, whole=True)
     if padded > 64:
         return Tiles(128, 64, 8, 2)
-    return Tiles(64 if card.arch >= 120 and padded == 64 else 128, 64, 4, 2, ctas=2)  # sm_120 spills with 128 queries
+    narrow = padded == 64 and (card.arch >= 120 or card.arch in SPILLING)  # which spill with 128 queries
+    return Tiles(64 if narrow else 128, 64, 4, 2, ctas=2)
 
 
 def choose_backward_tiles(
@@ -88,7 +89,7 @@ def choose_backward_tiles(
     """The backward's tiles for sequences of at most `longest` tokens, chosen as those of the forward."""
     padded = padded_dim(dim)
     if dtype == torch.float32:
-        if longest <= 64 and padded <= 64 and precision == "ieee":
+        if longest <= 64 and padded <= 64 and precision == "ieee" and card.arch not in SPILLING:
             return BackwardTiles(Tiles(64, 64, 16, 1, registers=128))
         return BackwardTiles(
             dq=Tiles(32, 32, 8 if padded <= 64 else 16, 1),

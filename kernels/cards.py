@@ -13,6 +13,7 @@ import triton
 OLDEST = 80  # bfloat16 products and asynchronous copies
 # sm_XX → bytes of shared memory that one block may use (CUDA C++ Programming Guide, "Technical specifications")
 SHARED_MEMORY = {80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+SPILLING = (86, 89)  # sm_XX for which ptxas spills in loops that need no spill on sm_80
 
 
 @dataclass(frozen=True)

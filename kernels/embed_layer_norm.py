@@ -27,7 +27,7 @@ from .add_layer_norm import (
     store_part,
 )
 from .add_layer_norm import choose_backward_tiles as choose_row_tiles
-from .cards import Card, card_of, device_reasons, dtype_reasons
+from .cards import SPILLING, Card, card_of, device_reasons, dtype_reasons
 from .dropout import kept
 
 SITE = tl.constexpr(3)  # of the embeddings' dropout
@@ -46,11 +46,14 @@ class RunTiles:
 
 
 def choose_backward_tiles(hidden: int, dtype: torch.dtype, card: Card) -> Tiles:
-    """Those of add_layer_norm's backward; in fp32 4 elements a lane: 8, with exact means and indices, are spilled."""
+    """Those of add_layer_norm's backward; in fp32, with exact means and indices, 4 elements a lane: 8 are spilled."""
     tiles = choose_row_tiles(hidden, dtype, card)
-    if dtype != torch.float32:
+    if dtype == torch.float32:
+        num_warps = min(16, max(4, tiles.columns // 128))
+    elif dtype == torch.float16 and card.arch in SPILLING:
+        num_warps = min(16, max(8, tiles.columns // 128))
+    else:
         return tiles
-    num_warps = min(16, max(4, tiles.columns // 128))
     return replace(tiles, num_warps=num_warps, ctas=16 // num_warps)
 
 
