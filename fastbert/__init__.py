@@ -6,14 +6,13 @@ print(fastbert.explain(model))          # which path runs, and in words why not 
 from fastbert import BertModel          # or by import: stock names, stock checkpoints
 """
 
-import importlib
-import logging
 from typing import TYPE_CHECKING, Any
 
-from fastbert._imports import after_import
+from fastbert._imports import register_quantizer
 from fastbert._paths import register_kernels
 
 register_kernels()
+register_quantizer()
 
 __version__ = "0.1.0"
 
@@ -130,19 +129,6 @@ __all__ = [
     "XLMRobertaForTokenClassification", "XLMRobertaModel", "explain", "pool", "quantize", "restore",
     "use_backend", "use_batch_invariant",
 ]  # fmt: skip
-
-
-def _register_quantizer() -> None:
-    """Teaches `from_pretrained` what `quantize` makes; where it cannot, one warning says so."""
-    try:
-        importlib.import_module("fastbert.models.quantizer")
-    except Exception as error:  # whatever a changed interface raises, transformers must go on
-        logging.getLogger("fastbert").warning(
-            f"models that fastbert.quantize made cannot be loaded: {type(error).__name__}: {error}"
-        )
-
-
-after_import("transformers.quantizers.auto", _register_quantizer)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,28 @@
-"""Acts when a module of another package is imported, so that `import fastbert` need not import it."""
+"""Acts when a module of transformers is imported, so that `import fastbert` need not import it."""
 
 from __future__ import annotations
 
+import importlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+logger = logging.getLogger("fastbert")
+
+
+def register_quantizer() -> None:
+    """Teaches `from_pretrained` to load what `fastbert.quantize` made, once transformers' quantizers are imported."""
+    after_import("transformers.quantizers.auto", _import_quantizer)
+
+
+def _import_quantizer() -> None:
+    try:
+        importlib.import_module("fastbert.models.quantizer")
+    except Exception as error:  # whatever a changed interface raises, transformers must go on
+        logger.warning(f"models that fastbert.quantize made cannot be loaded: {type(error).__name__}: {error}")
 
 
 def after_import(name: str, act: Callable[[], object]) -> None:
