@@ -61,8 +61,7 @@ def auto_class(name: str) -> type[Any]:
         def make(cls: type, *args: Any, **kwargs: Any) -> Any:
             made = getattr(super(auto, cls), method)(*args, **kwargs)
             model = made[0] if isinstance(made, tuple) else made  # (model, info) if output_loading_info
-            if base_models(model):
-                accelerate(model)
+            accelerate_in_place(model, base_models(model))
             return made
 
         return classmethod(make)
@@ -146,7 +145,7 @@ def accelerate(model: Model, pad_output: str | None = None) -> Model:
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
-        ValueError: no supported model is inside it, its checkpoint is int8 and was loaded without fastbert, or
+        ValueError: no supported model is inside it, its config says int8 and it was loaded without fastbert, or
             `pad_output` is unknown.
     """
     check_module(model, "accelerate")
@@ -159,11 +158,12 @@ def accelerate(model: Model, pad_output: str | None = None) -> Model:
 
 
 def check_int8(base: Any) -> None:
-    """Raises ValueError if a base model's config says int8 and its products are not: its weights are random."""
+    """Raises ValueError if a base model's config says int8 and its products are not."""
     if says_int8(base.config) and not any(type(module) is QuantizedLinear for module in base.modules()):
         raise ValueError(
-            f"the checkpoint of this {type(base).__name__} is quantized by fastbert and was loaded before fastbert was "
-            "imported, so its weights are random: import fastbert first, then load it"
+            f"the config of this {type(base).__name__} says that fastbert has quantized it, and its products are not "
+            "int8. Was it loaded before fastbert was imported? Then its weights are random: import fastbert first. Was "
+            "it made from the config alone? Then delete the config's quantization_config"
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastbert.models.accelerate import Model, check_int8, check_module, known_models
 from fastbert.models.families import Family
-from fastbert.models.quantized import EXACT_SHARE, QuantizedLinear, linears, put
+from fastbert.models.quantized import QuantizedLinear, exact_count, linears, put
 from fastbert.models.quantizer import mark
 from fastbert.models.structure import TOKENWISE, kind_of
 
@@ -104,7 +104,7 @@ def outlier_columns(base: Any, family: Family, inputs: list[Mapping[str, Any]] |
         for module, mode in modes:
             module.training = mode
     return {
-        path: magnitudes.topk(-(-magnitudes.shape[0] // EXACT_SHARE)).indices.sort().values
+        path: magnitudes.topk(exact_count(magnitudes.shape[0])).indices.sort().values
         for path, magnitudes in greatest.items()
     }
 

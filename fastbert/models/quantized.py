@@ -19,6 +19,11 @@ METHOD = "fastbert"  # the quant_method in the quantization_config of config.jso
 WIDE = ("scales", "exact")  # buffers that stay in fp32 whatever a model's dtype is
 
 
+def exact_count(columns: int, share: int = EXACT_SHARE) -> int:
+    """How many of a product's columns stay in fp32."""
+    return -(-columns // share)
+
+
 class QuantizedLinear(nn.Module):
     """An nn.Linear whose product is int8: x [..., K] → x·weightᵀ + bias [..., N]. For inference.
 

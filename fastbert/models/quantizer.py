@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastbert import hf
-from fastbert.models.quantized import EXACT_SHARE, METHOD, QuantizedLinear, linears, put
+from fastbert.models.quantized import EXACT_SHARE, METHOD, QuantizedLinear, exact_count, linears, put
 from fastbert.ops.encoder import ROTATED
 
 
@@ -25,7 +25,7 @@ class Int8Config(QuantizationConfigMixin):
 
     Args:
         exact_share: of so many columns of a product's input one stays in fp32.
-        rotated: the others are rotated in blocks of at most so many.
+        rotated: the others are rotated in blocks of at most so many. 0, of both: config.json does not say.
     """
 
     def __init__(self, exact_share: int = 0, rotated: int = 0, **more: Any) -> None:
@@ -76,7 +76,7 @@ class Int8Quantizer(HfQuantizer):
             for path, linear in linears(base, family):
                 sizes = linear.in_features, linear.out_features, linear.bias is not None
                 with torch.device("meta"):
-                    made = QuantizedLinear(*sizes, columns=-(-linear.in_features // share))
+                    made = QuantizedLinear(*sizes, columns=exact_count(linear.in_features, share))
                 put(base, path, made)
                 expected += [f"{path}.{name}" for name in made.state_dict()]
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
@@ -92,7 +92,7 @@ class Int8Quantizer(HfQuantizer):
         """Looks at what was loaded.
 
         Raises:
-            ValueError: a product's tensors are none that `quantize` makes, or transformers has rounded them.
+            ValueError: a product's tensors are none that `quantize` makes.
         """
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):

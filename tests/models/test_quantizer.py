@@ -83,6 +83,7 @@ def test_made_here_or_loaded_it_is_one_thing_to_transformers(saved):
     for made in (model, loaded):
         assert made.is_quantized and made.quantization_method == "fastbert"
         assert not made.get_parameter(f"{OF}bias").requires_grad
+        assert made.get_buffer("encoder.layer.1.attention.self.query.columns").shape == (3,)  # of 64: one in 24
         with pytest.raises(ValueError, match="it is quantized already"):
             fastbert.quantize(made)
     with pytest.raises(NotImplementedError, match="load the checkpoint that it was made from"):
@@ -150,7 +151,7 @@ def test_from_pretrained_does_not_quantize(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("other", "words"),
     [
         (
             transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9),
@@ -159,10 +160,10 @@ def test_from_pretrained_does_not_quantize(tmp_path):
         (config("mpnet"), "fastbert has no int8 products for MPNetModel: MPNet adds a bias by relative position"),
     ],
 )
-def test_a_model_of_another_kind(saved, config, words):
+def test_a_model_of_another_kind(saved, other, words):
     folder, _ = saved
-    config.quantization_config = Int8Config(24, 128)
-    config.save_pretrained(folder)
+    other.quantization_config = Int8Config(24, 128)
+    other.save_pretrained(folder)
     with pytest.raises(ValueError, match=words):
         transformers.AutoModel.from_pretrained(folder)
 
@@ -212,10 +213,18 @@ except ValueError as error:
 """
     out, logged = process(code, saved[0])
     assert "Unknown quantization type, got fastbert" in logged
-    assert out.startswith(
-        "the checkpoint of this BertModel is quantized by fastbert and was loaded before fastbert was"
-    )
-    assert out.endswith("import fastbert first, then load it\n")
+    assert out.startswith("the config of this BertModel says that fastbert has quantized it, and its products are not")
+    assert "Then its weights are random: import fastbert first." in out
+
+
+@pytest.mark.parametrize("make", [fastbert.AutoModel.from_config, fastbert.BertModel], ids=["auto", "class"])
+def test_a_config_alone_makes_a_model_that_is_not_int8(saved, make):
+    """As HuggingFace's classes do, to train one; `accelerate` cannot tell, and asks."""
+    config = transformers.AutoConfig.from_pretrained(saved[0])
+    model = make(config)
+    assert fastbert.explain(model).models[0].reasons == [] and not fastbert.explain(model).models[0].quantized
+    with pytest.raises(ValueError, match="Was it made from the config alone"):
+        fastbert.accelerate(transformers.BertModel(config))
 
 
 def test_where_the_interface_has_changed_transformers_goes_on():
