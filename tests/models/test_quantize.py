@@ -11,8 +11,9 @@ import transformers
 from torch import nn
 
 import fastbert
-from fastbert import checkpoint, ops, workloads
+from fastbert import ops
 from fastbert.models.quantized import QuantizedLinear
+from tests.models.docstrings import minilm, on_docstrings, relative_error
 from tests.models.small import stock
 
 ERROR, COSINE = 3e-2, 0.999  # relative, of the last hidden state; of mean-pooled embeddings
@@ -40,24 +41,15 @@ def outputs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def minilm_errors(texts: int, length: int) -> tuple[float, float]:
     """The relative error of the last hidden state at real tokens, and the least cosine of a text's embedding."""
-    folder = checkpoint.demo_folder()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    stock = transformers.AutoModel.from_pretrained(folder).eval()
+    stock = minilm()
     ours = fastbert.accelerate(fastbert.quantize(copy.deepcopy(stock)))
-    made = workloads.batches(
-        "docstrings", vocab_size=30522, tokenizer=tokenizer, max_length=length, max_texts=texts, sort=True
-    )
-    wrong = size = 0.0
-    least = 1.0
-    for part in made.batches:
-        a, b = (outputs(model, part.inputs()).double() for model in (ours, stock))
-        real = part.attention_mask[..., None]
-        wrong += float(((a - b) * real).square().sum())
-        size += float((b * real).square().sum())
-        pooled = ((x * real).sum(1) / real.sum(1) for x in (a, b))
+    pairs, least = [], 1.0
+    for real, (a, b) in on_docstrings([ours, stock], texts, length):
+        pairs.append((a, b))
+        pooled = (x.sum(1) / real.sum(1) for x in (a, b))
         least = min(least, float(torch.cosine_similarity(*pooled).min()))
     assert set(ours._fastbert.calls) == {""}
-    return (wrong / size) ** 0.5, least
+    return relative_error(pairs), least
 
 
 def test_minilm_stays_near_on_real_texts():
