@@ -59,17 +59,34 @@ struct Linear {
 
 constexpr int64_t kBlockBytes = 1 << 19;  // of packed rows of x: with a panel of the weight they fit a second cache
 
-// Bytes of memory, on a line of the cache, that a task of so many rows needs with any instruction set: packed rows, in
-// whole blocks or one tile of 16, their scales, a tile's sums twice, a row, a tile's rows of bytes.
-static inline int64_t linear_memory(const PackedWeight& weight, int64_t rows) {
-  const int64_t words = inner_words(weight), tile = 4 * 16 * (2 * words + 16 + weight.exact_count);
-  const int64_t bytes = weight.kind == Weights::int8 ? 4 * (weight.inner + 64) + 4 * 16 * (2 * words + 64) : 0;
-  return (tile > kBlockBytes ? tile : kBlockBytes) + 4 * (rows + 32) + 2 * 4 * 16 * kPanel + bytes + 6 * 64;
+// Bytes of so many rows of x, packed as any instruction set multiplies them: in tiles of 14 rows that are 16 wide, or
+// of 6 that are 8 wide, with their scales.
+static inline int64_t packed_bytes(const PackedWeight& weight, int64_t rows) {
+  const int64_t width = rows * 4 / 3 + 16;
+  return 4 * (width * (2 * inner_words(weight) + 16 + weight.exact_count) + rows + 32) + 3 * 64;
 }
 
-// The rows [first, last) of the panels [first_panel, last_panel) of out; memory: `linear_memory` bytes.
-FASTBERT_KERNEL(linear, (const Linear& inputs, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
-                         char* memory))
+// Bytes of what a thread computes in: a tile's sums twice; of int8 a row, a tile's rows of bytes.
+static inline int64_t room_bytes(const PackedWeight& weight) {
+  const int64_t words = inner_words(weight);
+  const int64_t bytes = weight.kind == Weights::int8 ? 4 * (weight.inner + 64) + 4 * 16 * (2 * words + 64) : 0;
+  return 2 * 4 * 16 * kPanel + bytes + 4 * 64;
+}
+
+// Bytes of memory, on a line of the cache, that a task of so many rows needs: packed rows, in whole blocks or one tile.
+static inline int64_t linear_memory(const PackedWeight& weight, int64_t rows) {
+  const int64_t tile = packed_bytes(weight, 1);
+  return (tile > kBlockBytes ? tile : kBlockBytes) + 4 * (rows + 32) + 3 * 64 + room_bytes(weight);
+}
+
+// The rows [first, last) of out; memory: `linear_memory` bytes.
+FASTBERT_KERNEL(linear, (const Linear& inputs, int64_t first, int64_t last, char* memory))
+
+// The same in two steps, for few rows: a part of x's rows packed, of so many parts, and from all of them the panels
+// [first, last) of out. packed: `packed_bytes` of all rows, shared; room: `room_bytes`, of one thread.
+FASTBERT_KERNEL(linear_rows, (const Linear& inputs, int64_t part, int64_t parts, char* packed, char* room))
+
+FASTBERT_KERNEL(linear_panels, (const Linear& inputs, int64_t first, int64_t last, char* packed, char* room))
 
 }  // namespace cpu
 }  // namespace fastbert

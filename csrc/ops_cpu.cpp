@@ -274,42 +274,6 @@ std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor& grad, const Tens
   return attention_gradients(dqkv, needed);
 }
 
-// Whether `count` elements, which stand so many elements apart, are the same, without a branch between them: most are
-// in no cache, and are waited for together.
-template <typename T>
-bool same_elements(const void* ours, int64_t our_step, const void* others, int64_t other_step, int64_t count) {
-  const T *a = static_cast<const T*>(ours), *b = static_cast<const T*>(others);
-  T difference = 0;
-  for (int64_t i = 0; i < count; ++i) difference |= a[i * our_step] ^ b[i * other_step];
-  return difference == 0;
-}
-
-// Whether two tensors of one or two dimensions hold the same bytes.
-bool same_bytes(const Tensor& ours, const Tensor& other) {
-  const int64_t dims = ours.dim();
-  if (dims != other.dim() || dims < 1 || dims > 2 || ours.scalar_type() != other.scalar_type()) return false;
-  const int64_t rows = dims == 2 ? ours.size(0) : 1, columns = ours.size(dims - 1);
-  if (other.numel() != rows * columns || other.size(dims - 1) != columns) return false;
-  const int64_t size = std::get<0>(element_of(ours.scalar_type()));
-  const auto row_of = [&](const Tensor& x, int64_t row) {
-    return static_cast<const char*>(x.data_ptr()) + (dims == 2 ? row * x.stride(0) * size : 0);
-  };
-  const auto same = size == 1   ? same_elements<uint8_t>
-                    : size == 2 ? same_elements<uint16_t>
-                    : size == 4 ? same_elements<uint32_t>
-                                : same_elements<uint64_t>;
-  const int64_t step = ours.stride(dims - 1), other_step = other.stride(dims - 1);
-  for (int64_t row = 0; row < rows; ++row) {
-    if (!same(row_of(ours, row), step, row_of(other, row), other_step, columns)) return false;
-  }
-  return true;
-}
-
-// Whether the tensors hold the same bytes, in pairs.
-bool same_values(const std::vector<Tensor>& ours, const std::vector<Tensor>& others) {
-  return ours.size() == others.size() && std::equal(ours.begin(), ours.end(), others.begin(), same_bytes);
-}
-
 int64_t isa() { return static_cast<int64_t>(cpu::isa()); }
 
 // Kernels use at most this instruction set from now on; returns which they use.
@@ -324,7 +288,6 @@ int64_t limit_isa(int64_t most) {
 
 STABLE_TORCH_LIBRARY(fastbert_native, m) {
   fastbert::define_ops_of_cpu(m);
-  m.def("same_values(Tensor[] ours, Tensor[] others) -> bool");
   m.def("isa() -> int");
   m.def("has_amx() -> bool");
   m.def("limit_isa(int most) -> int");
@@ -341,7 +304,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastbert_native, CompositeExplicitAutograd, m) {
-  m.impl("same_values", TORCH_BOX(&fastbert::same_values));
   m.impl("isa", TORCH_BOX(&fastbert::isa));
   m.impl("has_amx", TORCH_BOX(&fastbert::cpu::has_amx));
   m.impl("limit_isa", TORCH_BOX(&fastbert::limit_isa));

@@ -16,6 +16,8 @@ using cpu::Linear;
 
 constexpr int64_t kTaskRows = 112;  // of a product: with them in a core's second cache, its weight passes once
 constexpr int64_t kFewRows = 28;  // up to here a thread's rows are too few to pay for passing a whole weight
+constexpr int64_t kPanelTasks = 4;  // of a thread, where panels are shared out
+constexpr int64_t kHeadProducts = 1 << 13;  // of attention are worth a task of a team
 
 // The tensors of a packed weight, as torch hands them over.
 struct WeightTensors {
@@ -78,54 +80,67 @@ const void* bias_of(const std::optional<Tensor>& bias, int64_t columns, Dtype dt
   return bias->data_ptr();
 }
 
-// The threads of a call, each with memory of its own for products with some weights.
-class Workers {
- public:
-  // rows: of the largest task; more: bytes of each thread for other things
-  Workers(std::initializer_list<const cpu::PackedWeight*> weights, int64_t rows, int64_t more = 0)
-      : threads_(torch::stable::get_num_threads()), products_(0), more_(more) {
-    for (const auto* weight : weights) {
-      products_ = std::max(products_, cpu::linear_memory(*weight, rows));
-    }
-    products_ = (products_ + 63) / 64 * 64;
-    memory_ = allocate((products_ + more_) * threads_);
-  }
-
-  int64_t threads() const { return threads_; }
-  char* products(int64_t slot) const { return static_cast<char*>(memory_.get()) + slot * (products_ + more_); }
-  char* more(int64_t slot) const { return products(slot) + products_; }
-
- private:
-  int64_t threads_, products_, more_;
-  Memory memory_;
-};
-
 // How many tasks so many rows are shared out in, all about equally many.
 int64_t row_tasks(int64_t rows, int64_t threads) {
   return threads * ((rows + threads * kTaskRows - 1) / (threads * kTaskRows));
 }
 
-// Whether a call has so few rows that threads share out a weight's panels instead.
-bool is_few(int64_t rows, int64_t threads) { return threads > 1 && rows < threads * kFewRows; }
+int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// A whole product, by all threads.
-void multiply(const Linear& inputs, const Workers& workers) {
-  const auto kernel = cpu::linear();
-  const int64_t rows = inputs.rows, panels = cpu::panels_of(inputs.weight.columns), threads = workers.threads();
-  if (is_few(rows, threads)) {
-    const int64_t tasks = std::min(panels, threads);
-    run_tasks(tasks, threads, [&](int64_t task, int64_t slot) {
-      kernel(inputs, 0, rows, panels * task / tasks, panels * (task + 1) / tasks, workers.products(slot));
-    });
-  } else {
-    const int64_t tasks = row_tasks(rows, threads);
-    run_tasks(tasks, threads, [&](int64_t task, int64_t slot) {
-      kernel(inputs, rows * task / tasks, rows * (task + 1) / tasks, 0, panels, workers.products(slot));
+// How a call's products are shared out among its threads, and the memory for it.
+class Workers {
+ public:
+  // rows: of the call; more: bytes of each thread for other things
+  Workers(std::initializer_list<const cpu::PackedWeight*> weights, int64_t rows, int64_t more = 0)
+      : threads_(torch::stable::get_num_threads()), is_few_(is_few(rows, threads_)), packed_(0), products_(0),
+        more_(whole_lines(more)) {
+    for (const auto* weight : weights) {
+      const int64_t bytes = is_few_ ? cpu::room_bytes(*weight) : cpu::linear_memory(*weight, kTaskRows);
+      products_ = std::max(products_, whole_lines(bytes));
+      if (is_few_) packed_ = std::max(packed_, whole_lines(cpu::packed_bytes(*weight, rows)));
+    }
+    memory_ = allocate(packed_ + (products_ + more_) * threads_);
+  }
+
+  // Whether a call has so few rows that threads share out a weight's panels instead.
+  static bool is_few(int64_t rows, int64_t threads) { return threads > 1 && rows < threads * kFewRows; }
+
+  bool is_few() const { return is_few_; }
+  int64_t threads() const { return threads_; }
+  char* packed() const { return static_cast<char*>(memory_.get()); }  // of all threads, for few rows
+  char* products(int64_t slot) const { return packed() + packed_ + slot * (products_ + more_); }
+  char* more(int64_t slot) const { return products(slot) + products_; }
+
+  // f(inputs) for the rows of one task, by one thread
+  void multiply_here(const Linear& inputs, int64_t slot) const { linear_(inputs, 0, inputs.rows, products(slot)); }
+
+  // A whole product, by all threads.
+  void multiply(const Linear& inputs, Team::Member& member) const {
+    if (!is_few_) {
+      const int64_t tasks = row_tasks(inputs.rows, threads_);
+      member.step(tasks, [&](int64_t task, int64_t slot) {
+        linear_(inputs, inputs.rows * task / tasks, inputs.rows * (task + 1) / tasks, products(slot));
+      });
+      return;
+    }
+    member.step(threads_, [&](int64_t part, int64_t slot) { rows_(inputs, part, threads_, packed(), products(slot)); });
+    const int64_t panels = cpu::panels_of(inputs.weight.columns), tasks = std::min(panels, threads_ * kPanelTasks);
+    member.step(tasks, [&](int64_t task, int64_t slot) {
+      panels_(inputs, panels * task / tasks, panels * (task + 1) / tasks, packed(), products(slot));
     });
   }
-}
 
-int64_t most_rows(int64_t rows, int64_t threads) { return is_few(rows, threads) ? rows : kTaskRows; }
+  static constexpr size_t kSteps = 2;  // of `multiply` at most
+
+ private:
+  int64_t threads_;
+  bool is_few_;
+  int64_t packed_, products_, more_;
+  Memory memory_;
+  decltype(cpu::linear()) linear_ = cpu::linear();  // asked once, so that all tasks take the same
+  decltype(cpu::linear_rows()) rows_ = cpu::linear_rows();
+  decltype(cpu::linear_panels()) panels_ = cpu::linear_panels();
+};
 
 // x [T, K] -> activation(x · weightᵀ + bias) [T, columns] in x's dtype; activation: 0 none, 1 GELU by erf, 2 by tanh
 Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& parts, int64_t columns, const std::optional<Tensor>& bias,
@@ -136,10 +151,11 @@ Tensor linear_cpu(const Tensor& x, const std::vector<Tensor>& parts, int64_t col
   const Dtype dtype = dtype_of(x);
   const cpu::PackedWeight weight = packed_weight(parts, columns, x.size(1), rotated);
   const Tensor out = empty(x, {x.size(0), columns}, x.scalar_type());
-  const Workers workers({&weight}, most_rows(x.size(0), torch::stable::get_num_threads()));
-  multiply({rows.data_ptr(), dtype, x.size(0), x.size(1), weight, bias_of(shift, columns, dtype), dtype,
-            static_cast<Activation>(activation), out.data_ptr(), dtype, columns},
-           workers);
+  const Workers workers({&weight}, x.size(0));
+  const Linear inputs = {rows.data_ptr(), dtype, x.size(0), x.size(1), weight, bias_of(shift, columns, dtype), dtype,
+                         static_cast<Activation>(activation), out.data_ptr(), dtype, columns};
+  Team team(workers.threads(), Workers::kSteps);
+  team.run([&](Team::Member& member) { workers.multiply(inputs, member); });
   return out;
 }
 
@@ -161,11 +177,6 @@ char* row_of(const void* x, int64_t row, int64_t width, Dtype dtype) {
   return static_cast<char*>(const_cast<void*>(x)) + row * width * bytes_of(dtype);
 }
 
-// f(inputs) for the rows of one task, by one thread
-void multiply_here(const Linear& inputs, char* memory) {
-  cpu::linear()(inputs, 0, inputs.rows, 0, cpu::panels_of(inputs.weight.columns), memory);
-}
-
 // x [T, H] -> gelu(x · w1ᵀ + b1) · w2ᵀ + b2 [T, columns] in x's dtype
 Tensor feed_forward_cpu(const Tensor& x, const std::vector<Tensor>& w1, int64_t intermediate,
                         const std::optional<Tensor>& b1, const std::vector<Tensor>& w2, int64_t columns,
@@ -179,25 +190,27 @@ Tensor feed_forward_cpu(const Tensor& x, const std::vector<Tensor>& w1, int64_t 
   const void *const bias1 = bias_of(shift1, intermediate, dtype), *const bias2 = bias_of(shift2, columns, dtype);
   const int64_t tokens = x.size(0), hidden = x.size(1), threads = torch::stable::get_num_threads();
   const Tensor out = empty(x, {tokens, columns}, x.scalar_type());
-  const bool few = is_few(tokens, threads);
-  const int64_t most = most_rows(tokens, threads), inner_bytes = (most * intermediate * bytes_of(dtype) + 63) / 64 * 64;
-  const Workers workers({&first, &second}, most, few ? 0 : inner_bytes);
-  if (few) {
-    const Memory inner = allocate(inner_bytes);
-    multiply(first_of(rows.data_ptr(), dtype, tokens, first, bias1, is_tanh, inner.get(), dtype), workers);
-    multiply(second_of(inner.get(), dtype, tokens, second, bias2, out.data_ptr(), dtype), workers);
-    return out;
-  }
+  const bool few = Workers::is_few(tokens, threads);
+  const int64_t inner_bytes = whole_lines((few ? tokens : kTaskRows) * intermediate * bytes_of(dtype));
+  const Workers workers({&first, &second}, tokens, few ? 0 : inner_bytes);
   const void* const from = rows.data_ptr();
   void* const to = out.data_ptr();
+  if (few) {
+    const Memory inner = allocate(inner_bytes);
+    Team team(threads, 2 * Workers::kSteps);
+    team.run([&](Team::Member& member) {
+      workers.multiply(first_of(from, dtype, tokens, first, bias1, is_tanh, inner.get(), dtype), member);
+      workers.multiply(second_of(inner.get(), dtype, tokens, second, bias2, to, dtype), member);
+    });
+    return out;
+  }
   const int64_t tasks = row_tasks(tokens, threads);
   run_tasks(tasks, threads, [&](int64_t task, int64_t slot) {
     const int64_t row = tokens * task / tasks, count = tokens * (task + 1) / tasks - row;
     char* const inner = workers.more(slot);
-    multiply_here(first_of(row_of(from, row, hidden, dtype), dtype, count, first, bias1, is_tanh, inner, dtype),
-                  workers.products(slot));
-    multiply_here(second_of(inner, dtype, count, second, bias2, row_of(to, row, columns, dtype), dtype),
-                  workers.products(slot));
+    workers.multiply_here(first_of(row_of(from, row, hidden, dtype), dtype, count, first, bias1, is_tanh, inner, dtype),
+                          slot);
+    workers.multiply_here(second_of(inner, dtype, count, second, bias2, row_of(to, row, columns, dtype), dtype), slot);
   });
   return out;
 }
@@ -237,60 +250,52 @@ class Encoder {
   Encoder(float* x, int64_t tokens, int64_t hidden, const Attention& attention, std::vector<cpu::Share> shares,
           void* context, float* lse, int64_t intermediate, float eps, bool is_tanh, const Workers& workers)
       : x_(x), tokens_(tokens), hidden_(hidden), inner_(int64_t{attention.heads} * attention.dim),
-        intermediate_(intermediate), attention_(attention), shares_(std::move(shares)), context_(context), lse_(lse),
-        eps_(eps), is_tanh_(is_tanh), workers_(workers) {}
+        intermediate_(intermediate), attention_(attention), shares_(std::move(shares)),
+        tasks_(attention_tasks(attention, shares_, kHeadProducts, cpu::attention_memory)), context_(context), lse_(lse),
+        eps_(eps), is_tanh_(is_tanh), workers_(workers), attention_memory_(allocate(tasks_.bytes * workers.threads())),
+        few_memory_(allocate(workers.is_few() ? rows_bytes(tokens, hidden, intermediate) : 0)) {}
 
-  // Bytes of each thread for the rest of a layer in tasks of so many rows.
-  static int64_t bytes(int64_t rows, int64_t hidden, int64_t intermediate) {
-    return (4 * (rows * (2 * hidden + intermediate + 2) + hidden + cpu::kRowPadding) + 63) / 64 * 64;
+  // Bytes of each thread for the rest of a layer, in so many rows.
+  static int64_t bytes(int64_t tokens, int64_t threads, int64_t hidden, int64_t intermediate) {
+    const int64_t row = 4 * (hidden + cpu::kRowPadding);
+    return row + (Workers::is_few(tokens, threads) ? 0 : rows_bytes(kTaskRows, hidden, intermediate));
   }
 
-  // x's q, k and v, of all rows
-  void start(const Layer& layer) {
-    multiply(qkv_of(layer, 0, tokens_), workers_);
-  }
-
-  // One layer, from its q, k and v on; next: whose q, k and v are made of its output, nullptr: it is the last
-  void run(const Layer& layer, const Layer* next) {
-    const int64_t row = 3 * inner_, part = inner_, head = attention_.dim;
-    const auto kernel = cpu::attention();
-    run_shares(attention_, shares_, workers_.threads(), cpu::attention_memory,
-               [&](const cpu::Share& share, char* memory) {
-                 kernel(attention_, {row, part, head}, share, context_, lse_, memory);
-               });
-    if (is_few(tokens_, workers_.threads())) {
-      finish_few(layer, next);
-      return;
-    }
-    const int64_t tasks = row_tasks(tokens_, workers_.threads());
-    run_tasks(tasks, workers_.threads(), [&](int64_t task, int64_t slot) {
-      const int64_t first = tokens_ * task / tasks, rows = tokens_ * (task + 1) / tasks - first;
-      const Places places = places_in(workers_.more(slot), rows);
-      char* const memory = workers_.products(slot);
-      multiply_here(out_of(layer, first, rows, places.sum), memory);
-      norm(places, layer.gamma1, layer.beta1, x_ + first * hidden_, places.middle, rows);
-      multiply_here(first_of(places.middle, Dtype::float32, rows, layer.first, layer.first_bias, is_tanh_, places.inner,
-                             attention_.dtype), memory);
-      multiply_here(second_of(places.inner, attention_.dtype, rows, layer.second, layer.second_bias, places.sum,
-                              Dtype::float32), memory);
-      norm(places, layer.gamma2, layer.beta2, places.middle, x_ + first * hidden_, rows);
-      if (next != nullptr) multiply_here(qkv_of(*next, first, rows), memory);
+  // x behind all layers
+  void run(const std::vector<Layer>& layers) {
+    Team team(workers_.threads(), Workers::kSteps + kSteps * layers.size());
+    team.run([&](Team::Member& member) {
+      workers_.multiply(qkv_of(layers[0], 0, tokens_), member);
+      for (size_t i = 0; i < layers.size(); ++i) {
+        attend(member);
+        const Layer* const next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
+        if (workers_.is_few()) {
+          finish_few(layers[i], next, member);
+        } else {
+          finish(layers[i], next, member);
+        }
+      }
     });
   }
 
  private:
-  // What some rows are computed in: [rows, H] twice, [rows, I] of the dtype at most float32, means, rstds, a row.
+  static constexpr size_t kSteps = 4 * Workers::kSteps + 3;  // of a layer at most
+
+  // What some rows are computed in: [rows, H] twice, [rows, I] of the dtype at most float32, means, rstds.
   struct Places {
     float *sum, *middle, *inner, *mean, *rstd;
-    cpu::RowMemory row;
   };
+
+  static int64_t rows_bytes(int64_t rows, int64_t hidden, int64_t intermediate) {
+    return 4 * rows * (2 * hidden + intermediate + 2);
+  }
 
   Places places_in(char* memory, int64_t rows) const {
     float* const sum = reinterpret_cast<float*>(memory);
     float* const middle = sum + rows * hidden_;
     float* const inner = middle + rows * hidden_;
     float* const mean = inner + rows * intermediate_;
-    return {sum, middle, inner, mean, mean + rows, {mean + 2 * rows, nullptr}};
+    return {sum, middle, inner, mean, mean + rows};
   }
 
   Linear qkv_of(const Layer& layer, int64_t first, int64_t rows) const {
@@ -304,38 +309,82 @@ class Encoder {
                      layer.out_bias, to, Dtype::float32);
   }
 
-  // places.sum + residual, normalized
-  void norm(const Places& places, const float* gamma, const float* beta, const float* residual, float* to,
-            int64_t rows) const {
+  Linear first_in(const Layer& layer, const Places& places, int64_t rows) const {
+    return first_of(places.middle, Dtype::float32, rows, layer.first, layer.first_bias, is_tanh_, places.inner,
+                    attention_.dtype);
+  }
+
+  Linear second_in(const Layer& layer, const Places& places, int64_t rows) const {
+    return second_of(places.inner, attention_.dtype, rows, layer.second, layer.second_bias, places.sum, Dtype::float32);
+  }
+
+  void attend(Team::Member& member) const {
+    const cpu::Strides strides = {3 * inner_, inner_, attention_.dim};
+    member.step(tasks_.count(), [&](int64_t task, int64_t slot) {
+      char* const memory = static_cast<char*>(attention_memory_.get()) + slot * tasks_.bytes;
+      for (size_t i = tasks_.starts[task]; i < tasks_.starts[task + 1]; ++i) {
+        attend_(attention_, strides, shares_[i], context_, lse_, memory);
+      }
+    });
+  }
+
+  // The rows first..last-1 of places.sum + residual, normalized.
+  void norm(const Places& places, int64_t rows, const float* gamma, const float* beta, const float* residual, float* to,
+            int64_t first, int64_t last, int64_t slot) const {
     const AddLayerNorm inputs = {places.sum,         nullptr, residual,
                                  gamma,              Dtype::float32, Dtype::float32,
                                  rows,               static_cast<int>(hidden_), {nullptr, 0, 0, 1.0f}};
-    cpu::add_layer_norm()(inputs, beta, eps_, to, places.mean, places.rstd, places.row, 0, rows);
+    const cpu::RowMemory row = {reinterpret_cast<float*>(workers_.more(slot)), nullptr};
+    norm_(inputs, beta, eps_, to, places.mean, places.rstd, row, first, last);
   }
 
-  // The rest of a layer for few rows: the threads share out each product's panels.
-  void finish_few(const Layer& layer, const Layer* next) {
-    const Memory memory = allocate(bytes(tokens_, hidden_, intermediate_));
-    const Places places = places_in(static_cast<char*>(memory.get()), tokens_);
-    multiply(out_of(layer, 0, tokens_, places.sum), workers_);
-    norm(places, layer.gamma1, layer.beta1, x_, places.middle, tokens_);
-    multiply(first_of(places.middle, Dtype::float32, tokens_, layer.first, layer.first_bias, is_tanh_, places.inner,
-                      attention_.dtype), workers_);
-    multiply(second_of(places.inner, attention_.dtype, tokens_, layer.second, layer.second_bias, places.sum,
-                       Dtype::float32), workers_);
-    norm(places, layer.gamma2, layer.beta2, places.middle, x_, tokens_);
-    if (next != nullptr) start(*next);
+  // The rest of a layer, from its attention's output on; next: whose q, k and v are made of its output, nullptr: it is
+  // the last.
+  void finish(const Layer& layer, const Layer* next, Team::Member& member) const {
+    const int64_t tasks = row_tasks(tokens_, workers_.threads());
+    member.step(tasks, [&](int64_t task, int64_t slot) {
+      const int64_t first = tokens_ * task / tasks, rows = tokens_ * (task + 1) / tasks - first;
+      const Places places = places_in(workers_.more(slot) + 4 * (hidden_ + cpu::kRowPadding), rows);
+      float* const x = x_ + first * hidden_;
+      workers_.multiply_here(out_of(layer, first, rows, places.sum), slot);
+      norm(places, rows, layer.gamma1, layer.beta1, x, places.middle, 0, rows, slot);
+      workers_.multiply_here(first_in(layer, places, rows), slot);
+      workers_.multiply_here(second_in(layer, places, rows), slot);
+      norm(places, rows, layer.gamma2, layer.beta2, places.middle, x, 0, rows, slot);
+      if (next != nullptr) workers_.multiply_here(qkv_of(*next, first, rows), slot);
+    });
+  }
+
+  // The same for few rows: the threads share out each product's panels.
+  void finish_few(const Layer& layer, const Layer* next, Team::Member& member) const {
+    const Places places = places_in(static_cast<char*>(few_memory_.get()), tokens_);
+    const int64_t parts = workers_.threads();
+    const auto norm_all = [&](const float* gamma, const float* beta, const float* residual, float* to) {
+      member.step(parts, [&](int64_t part, int64_t slot) {
+        norm(places, tokens_, gamma, beta, residual, to, tokens_ * part / parts, tokens_ * (part + 1) / parts, slot);
+      });
+    };
+    workers_.multiply(out_of(layer, 0, tokens_, places.sum), member);
+    norm_all(layer.gamma1, layer.beta1, x_, places.middle);
+    workers_.multiply(first_in(layer, places, tokens_), member);
+    workers_.multiply(second_in(layer, places, tokens_), member);
+    norm_all(layer.gamma2, layer.beta2, places.middle, x_);
+    if (next != nullptr) workers_.multiply(qkv_of(*next, 0, tokens_), member);
   }
 
   float* x_;
   int64_t tokens_, hidden_, inner_, intermediate_;
   Attention attention_;
   std::vector<cpu::Share> shares_;
+  AttentionTasks tasks_;
   void* context_;
   float* lse_;
   float eps_;
   bool is_tanh_;
   const Workers& workers_;
+  Memory attention_memory_, few_memory_;
+  decltype(cpu::attention()) attend_ = cpu::attention();
+  decltype(cpu::add_layer_norm()) norm_ = cpu::add_layer_norm();
 };
 
 // x [T, H] float32 -> [T, H] behind all layers; tensors: kLayerTensors a layer, empty ones where a weight is not of int8.
@@ -368,17 +417,14 @@ Tensor encoder_forward(const Tensor& x, const Tensor& cu_seqlens, const std::vec
   const std::vector<int64_t> classes;
   const AttentionTensors attended(qkv, cu_seqlens, std::nullopt, std::nullopt, classes);
   const Attention attention = attended.inputs(scale, 0.0);
-  const int64_t threads = torch::stable::get_num_threads(), most = most_rows(tokens, threads);
+  const int64_t threads = torch::stable::get_num_threads();
   const Layer& one = layers[0];
-  const int64_t more = is_few(tokens, threads) ? 0 : Encoder::bytes(most, hidden, intermediate);
-  const Workers workers({&one.qkv, &one.out, &one.first, &one.second}, most, more);
+  const Workers workers({&one.qkv, &one.out, &one.first, &one.second}, tokens,
+                        Encoder::bytes(tokens, threads, hidden, intermediate));
   Encoder encoder(floats(out), tokens, hidden, attention,
                   attention_shares(attention, attention_order(attended, attention), threads), context.data_ptr(),
                   floats(lse), intermediate, static_cast<float>(eps), is_tanh, workers);
-  encoder.start(one);
-  for (size_t i = 0; i < layers.size(); ++i) {
-    encoder.run(layers[i], i + 1 < layers.size() ? &layers[i + 1] : nullptr);
-  }
+  encoder.run(layers);
   return out;
 }
 

@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "attention.h"
@@ -37,6 +39,100 @@ void run_tasks(int64_t tasks, int64_t threads, F f) {
     for (int64_t task = next++; task < tasks; task = next++) f(task, slot);
   });
 }
+
+// Steps that threads take together in one parallel region. A step is tasks, each taken by whichever thread is free, and
+// begins when all tasks of the one before have ended. Nobody waits for a thread that is late, or that there is not: only
+// for tasks that somebody has begun.
+class Team {
+ public:
+  // steps: at most so many
+  Team(int64_t threads, size_t steps)
+      : threads_(threads), memory_(allocate(sizeof(Step) * steps)), steps_(static_cast<Step*>(memory_.get())) {
+    std::uninitialized_default_construct_n(steps_, steps);
+  }
+
+  // One of the threads. All of them take the same steps in the same order.
+  class Member {
+   public:
+    Member(Team& team, int64_t slot) : team_(team), slot_(slot) {}
+
+    // f(task, slot) for the tasks [0, tasks); slot: below threads, of one thread at a time
+    template <typename F>
+    void step(int64_t tasks, F f) {
+      if (slot_ == kAll) {
+        run_tasks(tasks, team_.threads_, f);
+        return;
+      }
+      Step& step = team_.steps_[next_++];
+      for (int64_t task = step.taken++; task < tasks; task = step.taken++) {
+        f(task, slot_);
+        step.done.fetch_add(1, std::memory_order_release);
+      }
+      for (int spins = 0; step.done.load(std::memory_order_acquire) < tasks; ++spins) {
+        if (spins < kSpins) {
+          pause();
+        } else {
+          std::this_thread::yield();  // whoever has the task may need this core
+        }
+      }
+    }
+
+   private:
+    Team& team_;
+    int64_t slot_;
+    size_t next_ = 0;
+  };
+
+  // program(member) in every thread. Threads that have been idle are asleep: for them each step is a region of its own,
+  // or the first would wait at its end, with its core kept busy, for those who come when all is done.
+  template <typename F>
+  void run(F program) {
+    if (threads_ > 1 && is_idle()) {
+      Member all(*this, kAll);
+      program(all);
+      last_end = now();
+      return;
+    }
+    torch::stable::parallel_for(0, threads_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t slot = first; slot < last; ++slot) {
+        Member member(*this, slot);
+        program(member);
+      }
+    });
+    last_end = now();
+  }
+
+  // Whether threads that are waited for now would first have to wake up.
+  static bool is_idle() { return now() - last_end > kIdle; }
+
+ private:
+  static constexpr int64_t kAll = -1;  // the slot of a member that opens a region for each step
+  static constexpr int64_t kIdle = 1000;  // microseconds
+  static inline std::atomic<int64_t> last_end{0};
+
+  static int64_t now() {
+    using namespace std::chrono;
+    return duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
+  }
+
+  struct alignas(64) Step {
+    std::atomic<int64_t> taken{0}, done{0};
+  };
+
+  static constexpr int kSpins = 4000;  // about 50 microseconds
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  int64_t threads_;
+  Memory memory_;
+  Step* steps_;
+};
 
 // The shares of a call, the longest sequences first: all queries of a sequence, or so many that all threads have
 // several shares; threads 0: all.
@@ -85,14 +181,21 @@ inline std::vector<int32_t> attention_order(const AttentionTensors& tensors, con
   return order;
 }
 
-// kernel(share, memory) for all shares; memory_for(length, dim): how many bytes each needs
-template <typename F>
-void run_shares(const Attention& inputs, const std::vector<cpu::Share>& shares, int64_t threads,
-                int64_t (*memory_for)(int64_t, int64_t), F kernel) {
-  std::vector<size_t> starts;  // of the tasks: so many shares each that a task is worth a thread
-  int64_t longest = 0, products = kProductsPerTask;
+// Which shares a task is, and how many bytes each thread needs.
+struct AttentionTasks {
+  std::vector<size_t> starts;
+  int64_t bytes;
+
+  int64_t count() const { return static_cast<int64_t>(starts.size()) - 1; }
+};
+
+// products: how many at least are worth a task; memory_for(length, dim): how many bytes a share needs
+inline AttentionTasks attention_tasks(const Attention& inputs, const std::vector<cpu::Share>& shares, int64_t least,
+                                      int64_t (*memory_for)(int64_t, int64_t)) {
+  std::vector<size_t> starts;
+  int64_t longest = 0, products = least;
   for (size_t i = 0; i < shares.size(); ++i) {
-    if (products >= kProductsPerTask) {
+    if (products >= least) {
       starts.push_back(i);
       products = 0;
     }
@@ -100,13 +203,19 @@ void run_shares(const Attention& inputs, const std::vector<cpu::Share>& shares, 
     products += (shares[i].last - shares[i].first + 1) * length * inputs.dim;
     longest = std::max(longest, length);
   }
-  const auto tasks = static_cast<int64_t>(starts.size());
   starts.push_back(shares.size());
-  const int64_t bytes = (memory_for(longest, inputs.dim) + 63) / 64 * 64, slots = std::min(tasks, threads);
-  const Memory memory = allocate(bytes * slots);
-  run_tasks(tasks, threads, [&](int64_t task, int64_t slot) {
-    char* const mine = static_cast<char*>(memory.get()) + slot * bytes;
-    for (size_t i = starts[task]; i < starts[task + 1]; ++i) kernel(shares[i], mine);
+  return {std::move(starts), (memory_for(longest, inputs.dim) + 63) / 64 * 64};
+}
+
+// kernel(share, memory) for all shares
+template <typename F>
+void run_shares(const Attention& inputs, const std::vector<cpu::Share>& shares, int64_t threads,
+                int64_t (*memory_for)(int64_t, int64_t), F kernel) {
+  const AttentionTasks tasks = attention_tasks(inputs, shares, kProductsPerTask, memory_for);
+  const Memory memory = allocate(tasks.bytes * std::min(tasks.count(), threads));
+  run_tasks(tasks.count(), threads, [&](int64_t task, int64_t slot) {
+    char* const mine = static_cast<char*>(memory.get()) + slot * tasks.bytes;
+    for (size_t i = tasks.starts[task]; i < tasks.starts[task + 1]; ++i) kernel(shares[i], mine);
   });
 }
 

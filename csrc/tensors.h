@@ -1,5 +1,5 @@
-// What the ops of the native library share: checks of tensors, and what the kernels take of them. Only this file and
-// ops_cpu.cpp and ops_cuda.cpp see torch, through its stable ABI, so that one library serves every torch from 2.11 on.
+// What the ops of the native library share: checks of tensors, and what the kernels take of them. Only this file,
+// tasks.h and the ops_*.cpp see torch, through its stable ABI, so that one library serves every torch from 2.11 on.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -61,9 +61,10 @@ def pack_mask(mask: Tensor) -> tuple[Packing, bool]:
     batch, length = mask.shape
     work: tuple[Any, ...] = ()
     if mask.device.type == "cpu":
-        first = bool(mask[:, 0].to(torch.bool).all())
         indices, cu_seqlens, _ = ops.unpad(mask)
-        longest = int(cu_seqlens.diff().max())
+        dense = indices.shape[0] == batch * length
+        first = dense or bool(mask[:, 0].to(torch.bool).all())
+        longest = length if dense else int(cu_seqlens.diff().max())
     else:
         tokens, longest, first, classes = measure(mask)
         indices, cu_seqlens, order = ops.unpad(mask, tokens)

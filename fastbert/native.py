@@ -92,11 +92,36 @@ def refuse(device_type: str) -> list[str]:
     return [f"the native library's CUDA kernels do not run here: {problem}"] if problem else []
 
 
-def same_values(ours: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors on a CPU, 1-D or 2-D, are equal in pairs; a NaN is equal to itself where the library is."""
-    if load().available:
-        return bool(torch.ops.fastbert_native.same_values(ours, others))
-    return all(map(torch.equal, ours, others))
+class Watch:
+    """Whether tensors on a CPU stand where they stood, and views of samples of them hold what they held.
+
+    Args:
+        tensors: looked at for their address, dtype, shape and strides.
+        live: 1-D or 2-D views of samples of them. All are kept alive, so that their addresses are not given to others.
+        held: their values. A NaN is equal to itself where the library is.
+    """
+
+    __slots__ = "held", "live", "number", "places", "tensors"
+
+    def __init__(self, tensors: tuple[Tensor, ...], live: tuple[Tensor, ...], held: tuple[Tensor, ...]) -> None:
+        self.number, self.tensors, self.live, self.held = 0, tensors, live, held
+        self.places = places_of(tensors)
+        if load().available:
+            self.number = int(torch.ops.fastbert_native.watch(tensors, live, held))
+
+    def holds(self) -> bool:
+        if self.number:
+            return bool(torch.ops.fastbert_native.watch_holds(self.number))
+        return places_of(self.tensors) == self.places and all(map(torch.equal, self.live, self.held))
+
+    def __del__(self) -> None:
+        if getattr(self, "number", 0):
+            torch.ops.fastbert_native.drop_watch(self.number)
+
+
+def places_of(tensors: tuple[Tensor, ...]) -> list[tuple[object, ...]]:
+    """Address, dtype, shape and strides of tensors."""
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 _emulated = ""  # the name of the library of emulated CUDA kernels that is loaded

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -212,7 +214,8 @@ def module_fields_refusal() -> str | None:
     Looks at all names that the functions around this one read.
     """
     module = nn.Identity()  # one with parameters would draw from the generator
-    lacks = [f"nn.Module.{name}" for name in ("_modules", "_parameters", *HOOKS) if name not in module.__dict__]
+    names = "_modules", "_parameters", "_buffers", *HOOKS
+    lacks = [f"nn.Module.{name}" for name in names if name not in module.__dict__]
     inner = torch.nn.modules.module
     lacks += [f"torch.nn.modules.module.{name}" for name in GLOBAL_HOOKS if not hasattr(inner, name)]
     looks: dict[str, Callable[[], object]] = {
@@ -269,6 +272,62 @@ def unusual(modules: tuple[nn.Module, ...], marks: frozenset[str]) -> list[nn.Mo
     return found
 
 
+class Contents:
+    """What a model and the modules below it consist of now, object by object.
+
+    Every look at it is one call for all modules, not a loop over them: a short forward pays for each.
+
+    Args:
+        left_out: an attribute of the model that is not looked at, as it holds what is made here.
+
+    Attributes:
+        tensors: the parameters and buffers.
+
+    Raises:
+        LookupError: a module has a hook.
+    """
+
+    __slots__ = "attributes", "fields", "held", "hooks", "inside", "left_out", "modules", "tensors", "types"
+
+    def __init__(self, model: nn.Module, left_out: str) -> None:
+        self.left_out = left_out
+        self.modules = tuple(submodules(model)[1:])  # not the model: a cycle would keep its memory
+        self.types = tuple(map(type, self.modules))
+        self.fields = tuple(map(vars, self.modules))
+        self.attributes = self.attributes_of(model)
+        owners = model, *self.modules
+        self.inside = tuple(vars(m)[name] for m in owners for name in ("_modules", "_parameters", "_buffers"))
+        self.hooks = tuple(vars(m)[name] for m in owners for name in HOOKS)
+        self.held = values_of(self.inside)
+        self.tensors = tuple(x for x in self.held if isinstance(x, Tensor))
+        if any(self.hooks):
+            raise LookupError("a module has a hook")
+
+    def attributes_of(self, model: nn.Module) -> list[Any]:
+        own = vars(model).copy()  # in one step: another thread may change it
+        own.pop(self.left_out, None)
+        return [*own.values(), *values_of(self.fields)]
+
+    def are_in(self, model: nn.Module) -> bool:
+        """Whether the model still consists of these objects, and no module has a hook."""
+        return (
+            not any(self.hooks)
+            and tuple(map(type, self.modules)) == self.types
+            and identical(self.attributes_of(model), self.attributes)
+            and identical(values_of(self.inside), self.held)
+        )
+
+
+def values_of(dicts: tuple[dict[str, Any], ...]) -> list[Any]:
+    """The values of all these, one dict's after the other's."""
+    return list(chain.from_iterable(map(dict.values, dicts)))
+
+
+def identical(ours: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two sequences hold the same objects."""
+    return len(ours) == len(others) and all(map(operator.is_, ours, others))
+
+
 def parameter(module: nn.Module, name: str) -> Any:
     """An attribute of a module, a parameter most likely; faster than getattr."""
     return module._parameters[name] if name in module._parameters else getattr(module, name)
@@ -277,6 +336,11 @@ def parameter(module: nn.Module, name: str) -> Any:
 def own_parameters(module: nn.Module) -> Iterable[nn.Parameter | None]:
     """The parameters of a module itself, without those of its submodules; None where one is left out."""
     return module._parameters.values()
+
+
+def own_buffers(module: nn.Module) -> Iterable[Tensor | None]:
+    """The buffers of a module itself."""
+    return module._buffers.values()
 
 
 def global_hooks() -> bool:
@@ -305,9 +369,15 @@ def reshaped(x: Tensor, *shape: int) -> Tensor:
     return unsafe_view(x, shape) if unsafe_view_refusal() is None else x.reshape(shape).clone()
 
 
-def version(tensor: Tensor) -> int:
-    """A number that grows with each in-place change autograd sees; always 0 for inference tensors, which have none."""
-    return 0 if tensor.is_inference() else tensor._version
+def versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Numbers that grow with each in-place change autograd sees; always 0 for inference tensors, which have none."""
+    try:
+        return tuple(map(VERSION, tensors))
+    except RuntimeError:  # one is an inference tensor
+        return tuple(0 if t.is_inference() else VERSION(t) for t in tensors)
+
+
+VERSION = operator.attrgetter("_version")
 
 
 PROBES: dict[str, Callable[[], str | None]] = {

@@ -87,17 +87,21 @@ struct Bytes {
 };
 #endif
 
-// left [count · kParts, kTileWidth], right [count, kPanel] -> sums [kHeight, kPanel], or added to them
+// left [count · kParts, kTileWidth], right [count, kPanel] -> sums [kHeight, kPanel], or added to them. ahead: fetched
+// meanwhile, a line of the cache every kPanel words.
 template <typename Kind, int kHeight, bool kAdd>
-void times_panel(const typename Kind::Left* left, const uint32_t* right, int64_t count, typename Kind::Sum* out) {
+void times_panel(const typename Kind::Left* left, const uint32_t* right, int64_t count, const uint32_t* ahead,
+                 typename Kind::Sum* out) {
   constexpr int kRow = kPanel / kLanes;  // vectors of a row of out
 #pragma GCC unroll 1
   for (int v = 0; v < kRow; v += 2) {
     typename Kind::Sum sums[kHeight][2] = {};
     const typename Kind::Left* a = left;
     const uint32_t* b = right + v * kLanes;
+    const uint32_t* soon = ahead;
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < count; ++i, a += Kind::kParts * kTileWidth, b += kPanel) {
+    for (int64_t i = 0; i < count; ++i, a += Kind::kParts * kTileWidth, b += kPanel, soon += kPanel) {
+      __builtin_prefetch(soon, 0, 2);
       typename Kind::Right first[Kind::kParts], second[Kind::kParts];
       Kind::split(read<Word>(b, Whole{}), first);
       Kind::split(read<Word>(b + kLanes, Whole{}), second);
@@ -123,11 +127,11 @@ void times_panel(const typename Kind::Left* left, const uint32_t* right, int64_t
 
 template <typename Kind, bool kAdd, int kHeight = kTileRows>
 FASTBERT_INLINE void times_panel_of(int height, const typename Kind::Left* left, const uint32_t* right, int64_t count,
-                             typename Kind::Sum* out) {
+                             const uint32_t* ahead, typename Kind::Sum* out) {
   if constexpr (kHeight > 1) {
-    if (height < kHeight) return times_panel_of<Kind, kAdd, kHeight - 1>(height, left, right, count, out);
+    if (height < kHeight) return times_panel_of<Kind, kAdd, kHeight - 1>(height, left, right, count, ahead, out);
   }
-  times_panel<Kind, kHeight, kAdd>(left, right, count, out);
+  times_panel<Kind, kHeight, kAdd>(left, right, count, ahead, out);
 }
 
 template <typename Kind>
@@ -142,35 +146,54 @@ int64_t tiles_of_block(const PackedWeight& weight, int64_t rows) {
   return fit < 1 ? 1 : fit < needed ? fit : needed;
 }
 
-// What a task computes in.
+// Memory of what is asked for, one after the other, each on a line of the cache.
+class Taken {
+ public:
+  explicit Taken(char* memory) : memory_(memory) {}
+
+  template <typename T>
+  T* next(int64_t words) {
+    void* const found = memory_;
+    memory_ += (words * 4 + 63) / 64 * 64;
+    return static_cast<T*>(found);
+  }
+
+ private:
+  char* memory_;
+};
+
+// Rows of x, packed in tiles.
 template <typename Kind>
-struct Room {
+struct Packed {
   typename Kind::Left* left;  // [tiles, `left_size`]
   float* exact;               // [tiles, exact columns, kTileWidth]
-  float* scales;              // of the rows [tiles, kTileRows]
-  typename Kind::Sum* sums;   // [kTileRows, kPanel]
-  Float* exact_sums;          // [kTileRows, kPanel]
-  float* row;                 // [inner], in whole vectors
-  uint32_t* bytes;            // of a tile's rows [kTileRows, words · kParts], each in whole vectors
+  float* scales;              // of the rows
 };
 
 template <typename Kind>
-Room<Kind> room_in(char* memory, const PackedWeight& weight, int64_t rows) {
-  const auto take = [&](int64_t words) {
-    void* const found = memory;
-    memory += (words * 4 + 63) / 64 * 64;
-    return found;
-  };
-  const int64_t words = inner_words(weight), tiles = tiles_of_block<Kind>(weight, rows);
+Packed<Kind> packed_in(Taken& memory, const PackedWeight& weight, int64_t tiles) {
+  auto* const left = memory.next<typename Kind::Left>(tiles * left_size<Kind>(inner_words(weight)));
+  auto* const exact = memory.next<float>(tiles * weight.exact_count * kTileWidth);
+  return {left, exact, memory.next<float>(tiles * kTileRows)};
+}
+
+// What a thread computes in.
+template <typename Kind>
+struct Room {
+  typename Kind::Sum* sums;  // [kTileRows, kPanel]
+  Float* exact_sums;         // [kTileRows, kPanel]
+  float* row;                // [inner], in whole vectors
+  uint32_t* bytes;           // of a tile's rows [kTileRows, words · kParts], each in whole vectors
+};
+
+template <typename Kind>
+Room<Kind> room_in(Taken memory, const PackedWeight& weight) {
   Room<Kind> room = {};
-  room.left = static_cast<typename Kind::Left*>(take(tiles * left_size<Kind>(words)));
-  room.exact = static_cast<float*>(take(tiles * weight.exact_count * kTileWidth));
-  room.scales = static_cast<float*>(take(tiles * kTileRows));
-  room.sums = static_cast<typename Kind::Sum*>(take(kTileRows * kPanel));
-  room.exact_sums = static_cast<Float*>(take(kTileRows * kPanel));
+  room.sums = memory.next<typename Kind::Sum>(kTileRows * kPanel);
+  room.exact_sums = memory.next<Float>(kTileRows * kPanel);
   if (weight.kind == Weights::int8) {
-    room.row = static_cast<float*>(take(weight.inner + kLanes));
-    room.bytes = static_cast<uint32_t*>(take(kTileRows * whole(words * Kind::kParts)));
+    room.row = memory.next<float>(weight.inner + kLanes);
+    room.bytes = memory.next<uint32_t>(kTileRows * whole(inner_words(weight) * Kind::kParts));
   }
   return room;
 }
@@ -359,45 +382,56 @@ void finish(const Linear& inputs, const Room<Kind>& room, const float* scales, i
   });
 }
 
+int64_t tiles_in(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// The first row of a tile: tiles are about equally high.
+int64_t tile_start(int64_t tile, int64_t rows) { return rows * tile / tiles_in(rows); }
+
+// The tiles [first_tile, last_tile) of the rows first, first + 1, ... of x, of which there are so many.
 template <typename Kind>
-void multiply_rows(const Linear& inputs, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel,
-                   char* memory) {
+void pack_tiles(const Linear& inputs, int64_t first, int64_t rows, int64_t first_tile, int64_t last_tile,
+                const Packed<Kind>& packed, Room<Kind>& room) {
   const PackedWeight& weight = inputs.weight;
-  const int64_t words = inner_words(weight), block = tiles_of_block<Kind>(weight, last - first) * kTileRows;
-  const int64_t exact_size = weight.exact_count * kTileWidth;
-  Room<Kind> room = room_in<Kind>(memory, weight, last - first);
-  const auto* const packed = static_cast<const uint32_t*>(weight.words);
-  for (; first < last; first += block) {
-    const int64_t rows = last - first < block ? last - first : block, tiles = (rows + kTileRows - 1) / kTileRows;
-    const auto start_of = [&](int64_t i) { return rows * i / tiles; };  // tiles are about equally high
-    for (int64_t i = 0; i < tiles; ++i) {
-      with_type(inputs.x_dtype, [&](auto type) {
-        const auto* const x = static_cast<const typename decltype(type)::Type*>(inputs.x);
-        const int64_t row = start_of(i);
-        pack_rows(Kind{}, x + (first + row) * inputs.x_stride, inputs.x_stride, start_of(i + 1) - row, weight, room,
-                  room.left + i * left_size<Kind>(words), room.exact + i * exact_size, room.scales + row);
-      });
+  const int64_t size = left_size<Kind>(inner_words(weight)), exact_size = weight.exact_count * kTileWidth;
+  with_type(inputs.x_dtype, [&](auto type) {
+    const auto* const x = static_cast<const typename decltype(type)::Type*>(inputs.x);
+    for (int64_t i = first_tile; i < last_tile; ++i) {
+      const int64_t row = tile_start(i, rows), height = tile_start(i + 1, rows) - row;
+      pack_rows(Kind{}, x + (first + row) * inputs.x_stride, inputs.x_stride, height, weight, room,
+                packed.left + i * size, packed.exact + i * exact_size, packed.scales + row);
     }
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const uint32_t* const right = packed + panel * words * kPanel;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const auto* const left = room.left + i * left_size<Kind>(words);
-        const int height = start_of(i + 1) - start_of(i);
-        for (int64_t word = 0; word < words; word += kStep) {
-          const int64_t count = words - word < kStep ? words - word : kStep;
-          const auto* const part = left + word * Kind::kParts * kTileWidth;
-          if (word == 0) {
-            times_panel_of<Kind, false>(height, part, right, count, room.sums);
-          } else {
-            times_panel_of<Kind, true>(height, part, right + word * kPanel, count, room.sums);
-          }
+  });
+}
+
+// The packed rows, which are first, first + 1, ... of out, times the panels [first_panel, last_panel).
+template <typename Kind>
+void multiply_panels(const Linear& inputs, int64_t first, int64_t rows, int64_t first_panel, int64_t last_panel,
+                     const Packed<Kind>& packed, const Room<Kind>& room) {
+  const PackedWeight& weight = inputs.weight;
+  const int64_t words = inner_words(weight), exact_size = weight.exact_count * kTileWidth, tiles = tiles_in(rows);
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const uint32_t* const right = static_cast<const uint32_t*>(weight.words) + panel * words * kPanel;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const auto* const left = packed.left + i * left_size<Kind>(words);
+      const int64_t start = tile_start(i, rows);
+      const int height = static_cast<int>(tile_start(i + 1, rows) - start);
+      // while the first two tiles pass: the next panel, half of the lines each
+      const bool is_next = i < 2 && panel + 1 < last_panel;
+      const uint32_t* const ahead = is_next ? right + words * kPanel + i * kPanel / 2 : right;
+      for (int64_t word = 0; word < words; word += kStep) {
+        const int64_t count = words - word < kStep ? words - word : kStep;
+        const auto* const part = left + word * Kind::kParts * kTileWidth;
+        if (word == 0) {
+          times_panel_of<Kind, false>(height, part, right, count, ahead, room.sums);
+        } else {
+          times_panel_of<Kind, true>(height, part, right + word * kPanel, count, ahead + word * kPanel, room.sums);
         }
-        if (weight.exact_count > 0) {
-          const auto* const exact = reinterpret_cast<const uint32_t*>(weight.exact) + panel * weight.exact_count * kPanel;
-          times_panel_of<Floats, false>(height, room.exact + i * exact_size, exact, weight.exact_count, room.exact_sums);
-        }
-        finish<Kind>(inputs, room, room.scales + start_of(i), first + start_of(i), height, panel);
       }
+      if (weight.exact_count > 0) {
+        const auto* const exact = reinterpret_cast<const uint32_t*>(weight.exact) + panel * weight.exact_count * kPanel;
+        times_panel_of<Floats, false>(height, packed.exact + i * exact_size, exact, weight.exact_count, exact, room.exact_sums);
+      }
+      finish<Kind>(inputs, room, packed.scales + start, first + start, height, panel);
     }
   }
 }
@@ -413,9 +447,39 @@ auto with_kind(Weights kind, F f) {
 
 }  // namespace
 
-void linear(const Linear& inputs, int64_t first, int64_t last, int64_t first_panel, int64_t last_panel, char* memory) {
+void linear(const Linear& inputs, int64_t first, int64_t last, char* memory) {
   with_kind(inputs.weight.kind, [&](auto kind) {
-    multiply_rows<decltype(kind)>(inputs, first, last, first_panel, last_panel, memory);
+    using Kind = decltype(kind);
+    const PackedWeight& weight = inputs.weight;
+    const int64_t most = tiles_of_block<Kind>(weight, last - first);
+    Taken taken(memory);
+    const Packed<Kind> packed = packed_in<Kind>(taken, weight, most);
+    Room<Kind> room = room_in<Kind>(taken, weight);
+    for (; first < last; first += most * kTileRows) {
+      const int64_t rows = last - first < most * kTileRows ? last - first : most * kTileRows;
+      pack_tiles(inputs, first, rows, 0, tiles_in(rows), packed, room);
+      multiply_panels(inputs, first, rows, 0, panels_of(weight.columns), packed, room);
+    }
+  });
+}
+
+void linear_rows(const Linear& inputs, int64_t part, int64_t parts, char* packed, char* room) {
+  with_kind(inputs.weight.kind, [&](auto kind) {
+    using Kind = decltype(kind);
+    const int64_t tiles = tiles_in(inputs.rows);
+    Taken taken(packed);
+    const Packed<Kind> rows = packed_in<Kind>(taken, inputs.weight, tiles);
+    Room<Kind> own = room_in<Kind>(Taken(room), inputs.weight);
+    pack_tiles(inputs, 0, inputs.rows, tiles * part / parts, tiles * (part + 1) / parts, rows, own);
+  });
+}
+
+void linear_panels(const Linear& inputs, int64_t first, int64_t last, char* packed, char* room) {
+  with_kind(inputs.weight.kind, [&](auto kind) {
+    using Kind = decltype(kind);
+    Taken taken(packed);
+    const Packed<Kind> rows = packed_in<Kind>(taken, inputs.weight, tiles_in(inputs.rows));
+    multiply_panels(inputs, 0, inputs.rows, first, last, rows, room_in<Kind>(Taken(room), inputs.weight));
   });
 }
 

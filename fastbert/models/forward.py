@@ -18,10 +18,12 @@ from fastbert import hf, layers, ops, torch_private
 from fastbert.layers import Packing
 from fastbert.models.families import tables_of
 from fastbert.models.inputs import add_faults, call_reasons, family_of, first_position, wanted_hidden_states
-from fastbert.models.structure import LayerModules, Structure, at, examine, model_reasons
+from fastbert.models.seen import Seen, see
+from fastbert.models.structure import LayerModules, Structure, at, examine, model_reasons, seen_reasons
 from fastbert.models.weights import (
     MatrixCache,
     Stack,
+    is_stackable,
     rate,
     read_dropout,
     read_layer,
@@ -34,6 +36,8 @@ logger = logging.getLogger("fastbert")
 
 PAD_OUTPUTS = ("zeros", "exact")
 MOST_REASONS = 64
+MOST_LOSSES = 8  # of what was seen, in a row: the model changes at every forward, and looking ahead does not pay
+ATTRIBUTE = "_fastbert"  # of an accelerated base model: its `State`
 
 # Why the base model must keep HuggingFace's pad rows in this call, in words: a head that has seen its labels says so.
 exact_call: ContextVar[str] = ContextVar("fastbert_exact_call", default="")
@@ -51,6 +55,8 @@ class State:
         self.cache = MatrixCache()
         self.calls: dict[str, int] = {}  # "" = fast, else the reason for the stock path
         self.structure: Structure | None = None
+        self.seen: Seen | None = None
+        self.losses = 0  # how often in a row what was seen did not hold at the next forward
 
     def __reduce__(self) -> tuple[type[State], tuple[str]]:
         return State, (self.pad_output,)
@@ -62,6 +68,22 @@ class State:
             structure = self.structure = examine(model, family)
             self.cache = MatrixCache()  # or copies of the weights of removed layers would stay
         return structure
+
+    def seen_of(self, model: nn.Module) -> Seen | None:
+        """What an earlier forward has seen of the model, if all of it still holds and no gradients are asked for."""
+        if torch.is_grad_enabled() or self.seen is None:
+            return None
+        holds = self.seen.holds(model)
+        self.losses = 0 if holds else self.losses + 1
+        if not holds:
+            self.seen = None  # or it would keep what was replaced
+        return self.seen
+
+    def see(self, model: nn.Module, structure: Structure, dtype: torch.dtype) -> Stack | None:
+        """All layers for one call, and what there is to see for the next forward; None: they run one by one."""
+        looks = not torch.is_grad_enabled() and self.losses < MOST_LOSSES
+        self.seen = found = see(model, structure, self.cache, dtype, ATTRIBUTE) if looks else None
+        return read_stack(structure.layers, self.cache, dtype)[0] if found is None else found.stack
 
     def count(self, reason: str) -> None:
         """Counts a forward under its reason for the stock path; some hold shapes, so they are kept from being many."""
@@ -196,32 +218,38 @@ def run_layer(
     return compute(x) if checkpoint is None else checkpoint(compute, x)
 
 
-def stack_of(structure: Structure, cache: MatrixCache, x: Tensor, dtype: torch.dtype) -> Stack | None:
+def stack_of(
+    model: Any, structure: Structure, seen: Seen | None, state: State, x: Tensor, dtype: torch.dtype
+) -> Stack | None:
     """All layers for one call; None: they run one by one, as where gradients flow through them."""
     modules = (m for layer in structure.layers for m in (*layer.linears(), *layer.norms()))
-    return None if not structure.layers or wants_graph(x, modules) else read_stack(structure.layers, cache, dtype)
+    if not structure.layers or wants_graph(x, modules) or not is_stackable(structure.layers, dtype):
+        return None
+    return seen.stack if seen is not None and seen.dtype == dtype else state.see(model, structure, dtype)
 
 
-def run(model: Any, structure: Structure, cache: MatrixCache, inputs: dict[str, Any], packing: Packing) -> Any:
+def run(
+    model: Any, structure: Structure, seen: Seen | None, state: State, inputs: dict[str, Any], packing: Packing
+) -> Any:
     """The fast path: HuggingFace's output class from declared ops only; the pooler is HuggingFace's module."""
-    p = rate(at(model, family_of(model).embeddings_dropout))
-    dropouts = [read_dropout(modules) for modules in structure.layers]
+    p = rate(at(model, family_of(model).embeddings_dropout)) if seen is None else 0.0
+    dropouts = [read_dropout(modules) if seen is None else () for modules in structure.layers]
     seed = draw_seed(packing.cu_seqlens.device) if p or any(dropouts) else None
     x = embed(model, inputs, packing, p, seed)
     stream, dtype = stream_dtype(x), compute_dtype(x)
-    x = project(model, cache, x, dtype)
+    x = project(model, state.cache, x, dtype)
     wanted = wanted_hidden_states(model, inputs) or set()
     asked = bool(inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)))
     # Under autocast a projection gives the low dtype, and on a CPU HuggingFace's LayerNorms keep what they are given.
     given = x.dtype if x.device.type == "cpu" else stream
     x, hidden, count = x.to(stream), list[Tensor | None](), len(structure.layers)
-    stack = None if seed is not None else stack_of(structure, cache, x, dtype)
+    stack = None if seed is not None else stack_of(model, structure, seen, state, x, dtype)
     for i, modules in enumerate(structure.layers):
         hidden.append(handed := packing.unpack(x.to(given)) if i in wanted else None)
         if handed is not None and handed.requires_grad:
             x = packing.pack(handed).to(stream)  # whoever changes its gradient changes the model's
         if stack is None:
-            x = run_layer(modules, i, cache, x, packing, dtype, dropouts[i], seed)
+            x = run_layer(modules, i, state.cache, x, packing, dtype, dropouts[i], seed)
         elif i == 0 or i in wanted:  # up to the next layer whose input is wanted
             end = next((j for j in range(i + 1, count) if j in wanted), count)
             x = ops.encoder_forward(x, packing.cu_seqlens, packing.max_seqlen, *stack.of_layers(i, end))
@@ -254,7 +282,7 @@ def make_forward(stock: type[Any]) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return stock.forward(self, *args, **kwargs)
-        state: State | None = self.__dict__.get("_fastbert")
+        state: State | None = self.__dict__.get(ATTRIBUTE)
         if state is None:  # a user's subclass of ours, after `restore`
             return stock.forward(self, *args, **kwargs)
         if torch_private.transforms_active():
@@ -264,8 +292,10 @@ def make_forward(stock: type[Any]) -> Any:
         if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
             return stock.forward(self, *args, **kwargs)  # which raises
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        structure = state.structure_of(self)
-        packing, reasons = None, model_reasons(self, structure, family_of(self)) or call_reasons(self, inputs)
+        seen, packing = state.seen_of(self), None
+        structure = state.structure_of(self) if seen is None else seen.structure
+        reasons = model_reasons(self, structure, family_of(self)) if seen is None else seen_reasons(self)
+        reasons = reasons or call_reasons(self, inputs)
         if not reasons:
             packing, reason = pack_inputs(inputs, state)
             reasons = [reason]
@@ -278,7 +308,7 @@ def make_forward(stock: type[Any]) -> Any:
             except Exception as error:
                 add_faults(error, self, inputs)
                 raise
-        output = run(self, structure, state.cache, inputs, packing)
+        output = run(self, structure, seen, state, inputs, packing)
         as_tuple = inputs.get("return_dict", getattr(self.config, "return_dict", True)) is False
         return output.to_tuple() if as_tuple else output
 

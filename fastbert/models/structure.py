@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ class Structure:
 
     Args:
         modules: all modules below the model (not itself: a cycle would keep its memory), with their `types`.
-        methods: what each type, and the stock model, computes by (hf.METHODS): class, name, function.
+        methods: what each type, and the stock model, computes by (hf.METHODS): classes, names, functions.
         fixed: those of `modules` that the fast path stands in for; the pooler's and `tokenwise` ones are called.
         tokenwise: the modules of a user that stand at the place of an nn.Linear.
         layers: empty if there are `reasons`.
@@ -62,7 +64,7 @@ class Structure:
 
     modules: tuple[nn.Module, ...]
     types: tuple[type, ...]
-    methods: tuple[tuple[Any, str, Any], ...]
+    methods: tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]
     fixed: tuple[nn.Module, ...]
     tokenwise: tuple[nn.Module, ...]
     layers: tuple[LayerModules, ...]
@@ -71,10 +73,16 @@ class Structure:
 
     def fits(self, model: nn.Module, family: Family) -> bool:
         """Whether the model still has these modules, of these types, with these methods."""
-        modules = inner_modules(model)
-        if modules != self.modules or tuple(type(m) for m in modules) != self.types:
-            return False
-        return all(getattr(kind, name, None) is function for kind, name, function in self.methods)
+        return inner_modules(model) == self.modules and self.has_types() and self.has_methods()
+
+    def has_types(self) -> bool:
+        """Whether the modules are of the same types."""
+        return tuple(map(type, self.modules)) == self.types
+
+    def has_methods(self) -> bool:
+        """Whether the classes have the same methods."""
+        kinds, names, functions = self.methods
+        return all(map(is_, map(getattr, kinds, names, repeat(None)), functions))
 
 
 def inner_modules(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -82,10 +90,11 @@ def inner_modules(model: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(torch_private.submodules(model)[1:])
 
 
-def methods_of(types: Iterable[type], family: Family) -> tuple[tuple[Any, str, Any], ...]:
-    """Class, name and function of what the stock model and these types compute by."""
+def methods_of(types: Iterable[type], family: Family) -> tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]:
+    """Classes, names and functions of what the stock model and these types compute by."""
     kinds = dict.fromkeys((hf.stock_class(family.model), *types))
-    return tuple((kind, name, getattr(kind, name)) for kind in kinds for name in hf.METHODS if hasattr(kind, name))
+    found = [(kind, name) for kind in kinds for name in hf.METHODS if hasattr(kind, name)]
+    return tuple(k for k, _ in found), tuple(n for _, n in found), tuple(getattr(k, n) for k, n in found)
 
 
 def at(module: Any, path: str) -> Any:
@@ -156,7 +165,11 @@ def override_reasons(model: Any, family: Family) -> list[str]:
 def patch_reasons(types: Iterable[type], family: Family) -> list[str]:
     """Which stock classes have a method whose code stands elsewhere, whatever it calls itself."""
     found = methods_of(types, family)
-    return [f"the {name} of {kind.__name__} was replaced" for kind, name, function in found if not at_home(function)]
+    return [
+        f"the {name} of {kind.__name__} was replaced"
+        for kind, name, function in zip(*found, strict=True)
+        if not at_home(function)
+    ]
 
 
 def at_home(function: Any) -> bool:
@@ -203,8 +216,13 @@ def model_reasons(model: Any, structure: Structure, family: Family) -> list[str]
         return [family.refusal]
     reasons = [*structure.reasons, *config_reasons(model)]
     if not structure.reasons:
-        reasons += state_reasons(structure, model) or parameter_reasons(structure, model, family)
+        reasons += own_reasons(model) or state_reasons(structure, model) or parameter_reasons(structure, model, family)
     return reasons
+
+
+def seen_reasons(model: Any) -> list[str]:
+    """`model_reasons` of a model whose modules are as they were when there were none."""
+    return [*config_reasons(model), *own_reasons(model)]
 
 
 def config_reasons(model: Any) -> list[str]:
@@ -244,12 +262,15 @@ def replaced_reasons(module: nn.Module, model: Any, methods: frozenset[str]) -> 
     return [f"the {name} of {name_of(module, model)} was replaced" for name in sorted(methods & module.__dict__.keys())]
 
 
-def state_reasons(structure: Structure, model: Any) -> list[str]:
-    """What may change from call to call in the modules: hooks, offloading, a replaced forward."""
+def own_reasons(model: Any) -> list[str]:
+    """What may change from call to call outside of a model's modules: hooks on every module, its own methods."""
     if torch_private.global_hooks():
         return ["a hook on every module is set"]
-    if replaced := replaced_reasons(model, model, hf.METHODS - {"forward"}):  # see forward_reasons
-        return replaced
+    return replaced_reasons(model, model, hf.METHODS - {"forward"})  # see forward_reasons
+
+
+def state_reasons(structure: Structure, model: Any) -> list[str]:
+    """What may change from call to call in the modules: hooks, offloading, a replaced forward."""
     for module in structure.tokenwise:
         if any(torch_private.hooks_of(inner) for inner in module.modules()):
             return [f"a hook is set on or inside {name_of(module, model)}"]

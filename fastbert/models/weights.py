@@ -51,18 +51,23 @@ class Prepared:
 
     Args:
         value: a matrix, a product in int8 (None: there is none), or the tensors of a stack (None: they are not alike).
-        live, samples: views of samples of the tensors, and what they held. The views keep the tensors' memory, so that
-            its address is not given to others.
+        about: what else it was made for, such as a dtype.
+        versions: of the tensors.
+        watch: of the tensors and their samples.
     """
 
     value: Any
-    stamp: tuple[object, ...]
-    samples: tuple[Tensor, ...]
-    live: tuple[Tensor, ...]
+    about: tuple[object, ...]
+    versions: tuple[int, ...]
+    watch: native.Watch
 
-    def fits(self, stamp: tuple[object, ...]) -> bool:
-        """Whether the tensors are still those it was made from, as far as is looked at them."""
-        return self.stamp == stamp and native.same_values(self.live, self.samples)
+    def fits(self, tensors: tuple[Tensor, ...], about: tuple[object, ...]) -> bool:
+        """Whether these tensors are still those it was made from, as far as is looked at them."""
+        return self.about == about and torch_private.identical(tensors, self.watch.tensors) and self.holds()
+
+    def holds(self) -> bool:
+        """Whether the tensors that it was made from are as they were, as far as is looked at them."""
+        return torch_private.versions(self.watch.tensors) == self.versions and self.watch.holds()
 
 
 def sample(tensor: Tensor) -> Tensor:
@@ -113,19 +118,18 @@ class MatrixCache:
         self, name: str, tensors: tuple[Tensor, ...], about: tuple[object, ...], make: Callable[[], object]
     ) -> Prepared:
         """The entry of a name, made if there is none or the tensors, or what else it is `about`, have changed."""
-        stamp, entry = (about, looks_at(tensors)), self.entries.get(name)
-        if entry is None or not entry.fits(stamp):
-            entry = self.entries[name] = prepare(tensors, stamp, make)
+        entry = self.entries.get(name)
+        if entry is None or not entry.fits(tensors, about):
+            entry = self.entries[name] = prepare(tensors, about, make)
         return entry
 
-    def get_stack(self, layers: tuple[LayerModules, ...], dtype: torch.dtype) -> list[Tensor] | None:
-        """The tensors of `Stack`; None: a product's weight is not packed in panels."""
+    def get_stack(self, layers: tuple[LayerModules, ...], dtype: torch.dtype) -> Prepared:
+        """The tensors of `Stack`; of the value None: a product's weight is not packed in panels."""
         tensors = tuple(p for layer in layers for p in layer_tensors(layer))
-        stamp, entry = ((dtype,), looks_at(tensors)), self.stack
-        if entry is None or not entry.fits(stamp):
-            entry = self.stack = prepare(tensors, stamp, lambda: self.stacked(layers, dtype))
-        found: list[Tensor] | None = entry.value
-        return found
+        entry = self.stack
+        if entry is None or not entry.fits(tensors, (dtype,)):
+            entry = self.stack = prepare(tensors, (dtype,), lambda: self.stacked(layers, dtype))
+        return entry
 
     def stacked(self, layers: tuple[LayerModules, ...], dtype: torch.dtype) -> list[Tensor] | None:
         """The tensors of `Stack`, made of the entries of its matrices."""
@@ -146,16 +150,11 @@ class MatrixCache:
         return sum(nbytes_of(entry.value) for entry in tuple(self.entries.values()))
 
 
-def prepare(tensors: tuple[Tensor, ...], stamp: tuple[object, ...], make: Callable[[], object]) -> Prepared:
+def prepare(tensors: tuple[Tensor, ...], about: tuple[object, ...], make: Callable[[], object]) -> Prepared:
     """What `make` gives, and what the tensors were before: another thread's edit meanwhile is seen later."""
-    live = tuple(map(sample, tensors))
-    samples = tuple(view.clone() for view in live)
-    return Prepared(make(), stamp, samples, live)
-
-
-def looks_at(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
-    """What is looked at of tensors to see whether they have changed."""
-    return tuple((t.data_ptr(), t.shape, t.stride(), torch_private.version(t)) for t in tensors)
+    versions, live = torch_private.versions(tensors), tuple(map(sample, tensors))
+    watch = native.Watch(tensors, live, tuple(view.clone() for view in live))
+    return Prepared(make(), about, versions, watch)
 
 
 def nbytes_of(made: Any) -> int:
@@ -171,7 +170,7 @@ def layer_tensors(layer: LayerModules) -> list[Tensor]:
     found = list[Any]()
     for module in modules:
         if type(module) is QuantizedLinear:
-            found += [*module.buffers(), module.bias]
+            found += [*torch_private.own_buffers(module), module.bias]
         else:
             found += [parameter(module, "weight"), parameter(module, "bias")]
     return found
@@ -296,26 +295,31 @@ def read_layer(
     )
 
 
-def read_stack(layers: tuple[LayerModules, ...], cache: MatrixCache, dtype: torch.dtype) -> Stack | None:
-    """All layers as they are now; None: they must be run one by one.
+def is_stackable(layers: tuple[LayerModules, ...], dtype: torch.dtype) -> bool:
+    """Whether `encoder_forward` takes layers whose first is like this, in this dtype."""
+    kind: type[nn.Module] = type(layers[0].query)
+    device = parameter(layers[0].norm1, "weight").device
+    return kind in (nn.Linear, QuantizedLinear) and ops.encodes(device, dtype, kind is QuantizedLinear)
 
-    They are one call where the weights are packed in panels, and all layers alike but for their parameters.
+
+def read_stack(
+    layers: tuple[LayerModules, ...], cache: MatrixCache, dtype: torch.dtype
+) -> tuple[Stack | None, Prepared | None]:
+    """All layers as they are now, and what that is made from; None: they must be run one by one.
+
+    They are one call where they are stackable, the weights packed in panels, and all layers alike but for their
+    parameters.
     """
-    first = layers[0]
-    kind: type[nn.Module] = type(first.query)
-    if kind not in (nn.Linear, QuantizedLinear):
-        return None
-    if not ops.encodes(parameter(first.norm1, "weight").device, dtype, kind is QuantizedLinear):
-        return None
+    kind = type(layers[0].query)
     for layer in layers:
         linears: tuple[nn.Module, ...] = layer.linears()
         if any(type(linear) is not kind or parameter(linear, "bias") is None for linear in linears):
-            return None
-    settings = settings_of(first)
+            return None, None
+    settings = settings_of(layers[0])
     if settings is None or any(settings_of(layer) != settings for layer in layers):
-        return None
-    tensors = cache.get_stack(layers, dtype)
-    return None if tensors is None else Stack(tensors, *settings)
+        return None, None
+    prepared = cache.get_stack(layers, dtype)
+    return (None if prepared.value is None else Stack(prepared.value, *settings)), prepared
 
 
 def settings_of(layer: LayerModules) -> tuple[int, float, float, str] | None:

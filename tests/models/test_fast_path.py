@@ -76,7 +76,7 @@ def test_no_built_in_computes_between_the_ops(family, name, monkeypatch):
     weights = {
         "cat",
         "equal",
-        "same_values",
+        "watch_holds",
         "isa",
     }  # q, k and v's bias, and the look whether a weight changed
     inside, seen = [], []

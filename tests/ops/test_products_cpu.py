@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ from tests.ops.test_isas import isa, library  # noqa: F401
 CPU = Backend("cpu", "cpu", packed=True)
 QUICK = ("edges", "one", "odd", "narrow")
 SOME = [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+THREADS = 1, 2, 3, 8
 SPECS = [LINEAR, LINEAR_GELU, FEED_FORWARD, ENCODER_FORWARD, QUANTIZED_LINEAR]
 # rows around the heights of tiles (6 and 14) and tasks (112); N around vectors and panels; K around words, steps of 64
 # words and what is packed at once
@@ -115,19 +118,23 @@ def test_a_row_alone_has_the_same_bits(dtype):
 @pytest.mark.parametrize("lengths", [(3, 9), (40, 0, 17), (130, 300, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(lengths, dtype):
-    """Few rows share out the panels of a weight, many the rows."""
+    """Few rows share out the panels of a weight, many the rows; threads that were idle, and that were not."""
     case = CASES[0].__class__("threads", lengths, 2, 16, 200, "rows around a thread's")
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in THREADS:
             torch.set_num_threads(threads)
             for spec in SPECS:
                 for _, exact in spec.inputs(case, dtype):
-                    found += [x for x in CPU(spec, arguments_of(spec, exact, dtype, CPU)) if x.numel()]
+                    arguments = arguments_of(spec, exact, dtype, CPU)
+                    time.sleep(0.002)
+                    idle, busy = CPU(spec, arguments), CPU(spec, arguments)
+                    assert all(map(torch.equal, idle, busy))
+                    found += [x for x in idle if x.numel()]
     finally:
         torch.set_num_threads(before)
-    third = len(found) // 3
-    for alone, *others in zip(found[:third], found[third : 2 * third], found[2 * third :], strict=True):
+    each = len(found) // len(THREADS)
+    for alone, *others in zip(*(found[i : i + each] for i in range(0, len(found), each)), strict=True):
         assert all(torch.equal(alone, other) for other in others)
 
 
