@@ -10,7 +10,7 @@ from torch import nn
 
 from fastbert import hf
 from fastbert.models.families import AUTO_CLASSES, FAMILIES, Family
-from fastbert.models.forward import PAD_OUTPUTS, State, logger, make_forward
+from fastbert.models.forward import ATTRIBUTE, PAD_OUTPUTS, State, logger, make_forward
 from fastbert.models.heads import HEADS, TOKEN_HEADS, make_head_forward
 from fastbert.models.quantized import QuantizedLinear, says_int8
 from fastbert.models.structure import forward_reasons, model_reasons, position_reasons
@@ -173,7 +173,7 @@ def accelerate_in_place(model: Model, found: list[tuple[str, Any, Family]], pad_
     for _, base, family in found:
         if type(base) is hf.stock_class(family.model) and not missing:
             base.__class__ = fast_class(family)
-        state: State | None = base.__dict__.get("_fastbert")
+        state: State | None = base.__dict__.get(ATTRIBUTE)
         if state is None:
             state = base._fastbert = State("zeros")
             for reason in position_reasons(base.config):
@@ -205,7 +205,7 @@ def restore(model: Model) -> Model:
     """
     check_module(model, "restore")
     for _, base, family in base_models(model):
-        if base.__dict__.pop("_fastbert", None) is None:
+        if base.__dict__.pop(ATTRIBUTE, None) is None:
             continue
         if type(base) is fast_class(family):
             base.__class__ = hf.stock_class(family.model)
@@ -292,7 +292,7 @@ def explain(model: nn.Module) -> Explanation:
         ValueError: no supported model is inside it, or none was accelerated.
     """
     check_module(model, "explain")
-    states = [(name, base, family, base.__dict__.get("_fastbert")) for name, base, family in known_models(model)]
+    states = [(name, base, family, base.__dict__.get(ATTRIBUTE)) for name, base, family in known_models(model)]
     found = [entry for entry in states if entry[3] is not None]
     if not found:
         raise ValueError(f"nothing in {type(model).__name__} was accelerated: call fastbert.accelerate on it first")

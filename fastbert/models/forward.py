@@ -71,13 +71,14 @@ class State:
 
     def seen_of(self, model: nn.Module) -> Seen | None:
         """What an earlier forward has seen of the model, if all of it still holds and no gradients are asked for."""
-        if torch.is_grad_enabled() or self.seen is None:
+        seen = self.seen  # read once: other threads and replicas put theirs in its place
+        if torch.is_grad_enabled() or seen is None:
             return None
-        holds = self.seen.holds(model)
+        holds = seen.holds(model)
         self.losses = 0 if holds else self.losses + 1
         if not holds:
             self.seen = None  # or it would keep what was replaced
-        return self.seen
+        return seen if holds else None
 
     def see(self, model: nn.Module, structure: Structure, dtype: torch.dtype) -> Stack | None:
         """All layers for one call, and what there is to see for the next forward; None: they run one by one."""

@@ -13,8 +13,8 @@ from torch import nn
 
 from fastbert import native
 from fastbert.models.inputs import family_of
-from fastbert.models.structure import Structure, model_reasons
-from fastbert.models.weights import MatrixCache, Prepared, Stack, read_stack
+from fastbert.models.structure import Structure, at, model_reasons
+from fastbert.models.weights import MatrixCache, Prepared, Stack, rate, read_dropout, read_stack
 from fastbert.torch_private import Contents, module_fields_refusal
 
 
@@ -47,9 +47,10 @@ class Seen:
 
 
 def see(model: nn.Module, structure: Structure, cache: MatrixCache, dtype: torch.dtype, left_out: str) -> Seen | None:
-    """What there is to see of a model that is `is_stackable` and drops nothing out.
+    """What there is to see of a model that is `is_stackable`.
 
-    None: something speaks against the fast path or the stack, or there are hooks, at which every forward must look.
+    None: something speaks against the fast path or the stack, or there is dropout, or a hook, at which every forward
+    must look.
     The contents come first: what another thread changes meanwhile is seen later.
 
     Args:
@@ -63,6 +64,8 @@ def see(model: nn.Module, structure: Structure, cache: MatrixCache, dtype: torch
         return None
     places = native.Watch(contents.tensors, (), ())
     if not structure.fits(model, family) or model_reasons(model, structure, family):
+        return None
+    if rate(at(model, family.embeddings_dropout)) or any(map(read_dropout, structure.layers)):
         return None
     stack, prepared = read_stack(structure.layers, cache, dtype)
     return None if stack is None or prepared is None else Seen(structure, contents, places, dtype, stack, prepared)

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastbert
 from fastbert import native
-from fastbert.models import forward
+from fastbert.models import forward, seen
 from tests.models.small import assert_parity, batch, pair, reasons, same_as_stock
 
 
@@ -169,6 +169,38 @@ def test_dropout_that_is_turned_on(bert, inputs):
 
 
 @torch.no_grad()
+def test_dropout_that_another_thread_turns_on_while_the_model_is_looked_at(bert, inputs, monkeypatch):
+    _, model = bert
+    model.looked_at = "anew"
+
+    class Meeting(seen.Contents):
+        def __init__(self, *args):
+            layer_of(model).output.dropout.train()
+            super().__init__(*args)
+
+    monkeypatch.setattr(seen, "Contents", Meeting)
+    model(**inputs)
+    first, second = (model(**inputs).last_hidden_state for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_another_thread_may_drop_or_replace_what_was_seen(bert, monkeypatch):
+    _, model = bert
+    state = state_of(model)
+    own, holds = state.seen, seen.Seen.holds
+    for other in (None, object()):
+
+        def meeting(self, model, other=other):
+            state.seen = other
+            return holds(self, model)
+
+        monkeypatch.setattr(seen.Seen, "holds", meeting)
+        state.seen = own
+        assert state.seen_of(model) is own
+
+
+@torch.no_grad()
 def test_settings_that_are_not_in_the_modules(bert, inputs):
     expected, model = bert
     want = model(**inputs).last_hidden_state
@@ -242,9 +274,9 @@ def test_a_watch_holds_until_something_changes(dtype, library, monkeypatch):
         whole, watch = watched(120, 90)  # so many samples that threads share them
         assert watch.holds()
         whole[place] += 1
-        seen = bool(watch.live[0].ne(watch.held[0]).any() or watch.live[1].ne(watch.held[1]).any())
-        assert watch.holds() != seen
-    assert seen
+        differs = bool(watch.live[0].ne(watch.held[0]).any() or watch.live[1].ne(watch.held[1]).any())
+        assert watch.holds() != differs
+    assert differs
     for change in (
         lambda x: x.set_(x.clone()), lambda x: x.set_(x.view(40, 30)), lambda x: x.set_(x.t()),
         lambda x: x.set_(x[:20]),
