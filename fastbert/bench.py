@@ -12,9 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from fastbert import limits
 
+Name = TypeVar("Name")
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -90,8 +92,6 @@ def interleave(
     device: str = "cpu",
     progress: Progress = quiet,
     what: str = "timing",
-    seed: int | None = None,
-    before: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every candidate in every round, in the order A B A B.
 
@@ -100,10 +100,7 @@ def interleave(
         warmup: untimed rounds before, on the round numbers 0, 1, ...
         inner: calls per sample; the sample is their mean.
         device: a CUDA device is waited for before and after each sample.
-        seed: of another order in every round, for candidates that would leave traces in their neighbours.
-        before: called with a candidate's name before each of its samples, untimed.
     """
-    generator = random.Random(seed)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup):
         for run in candidates.values():
@@ -112,11 +109,7 @@ def interleave(
     gc.disable()
     try:
         for i in range(rounds):
-            order = list(candidates) if seed is None else generator.sample(list(candidates), len(candidates))
-            for name in order:
-                run = candidates[name]
-                if before is not None:
-                    before(name)
+            for name, run in candidates.items():
                 limits.synchronize(device)
                 begin = time.perf_counter()
                 for _ in range(inner):
@@ -127,6 +120,28 @@ def interleave(
     finally:
         if collecting:
             gc.enable()
+    return samples
+
+
+def in_turns(
+    samplers: Mapping[Name, Callable[[], float]],
+    rounds: int,
+    seed: int,
+    progress: Progress = quiet,
+    what: str = "rounds",
+) -> dict[Name, list[float]]:
+    """A sample of each in every round, each round in another order, for what would leave traces in its neighbours.
+
+    Args:
+        samplers: each call gives the seconds of one sample.
+        seed: of the orders.
+    """
+    generator = random.Random(seed)
+    samples: dict[Name, list[float]] = {name: [] for name in samplers}
+    for i in range(rounds):
+        for name in generator.sample(list(samplers), len(samplers)):
+            samples[name].append(samplers[name]())
+        progress(what, i + 1, rounds)
     return samples
 
 

@@ -1,6 +1,7 @@
 """The one native library, `fastbert/_native.so`: found and loaded once, and where it cannot serve, why not in words."""
 
 import json
+import weakref
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -101,22 +102,20 @@ class Watch:
         held: their values. A NaN is equal to itself where the library is.
     """
 
-    __slots__ = "held", "live", "number", "places", "tensors"
+    __slots__ = "__weakref__", "held", "live", "number", "places", "tensors"
 
     def __init__(self, tensors: tuple[Tensor, ...], live: tuple[Tensor, ...], held: tuple[Tensor, ...]) -> None:
         self.number, self.tensors, self.live, self.held = 0, tensors, live, held
-        self.places = places_of(tensors)
         if load().available:
             self.number = int(torch.ops.fastbert_native.watch(tensors, live, held))
+            weakref.finalize(self, torch.ops.fastbert_native.drop_watch, self.number).atexit = False
+        else:
+            self.places = places_of(tensors)
 
     def holds(self) -> bool:
         if self.number:
             return bool(torch.ops.fastbert_native.watch_holds(self.number))
         return places_of(self.tensors) == self.places and all(map(torch.equal, self.live, self.held))
-
-    def __del__(self) -> None:
-        if getattr(self, "number", 0):
-            torch.ops.fastbert_native.drop_watch(self.number)
 
 
 def places_of(tensors: tuple[Tensor, ...]) -> list[tuple[object, ...]]:

@@ -1,4 +1,4 @@
-"""One whole run: every engine on every workload of every model, in turns.
+"""One whole run: every engine on every workload of every model, in turns, each engine in a process of its own.
 
 All engines and precisions of a workload are called once a round, each round in another order (a fixed seed). Before
 each sample the machine rests, so that threads of the engine before fall asleep, and a short call is made once untimed.
@@ -6,11 +6,12 @@ each sample the machine rests, so that threads of the engine before fall asleep,
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import gc
-import time
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from benchmarks.peers import OURS, loads, ours
 from benchmarks.peers.loads import Load
 from benchmarks.peers.peaks import peaks
-from benchmarks.peers.rival import Bind, Rival
+from benchmarks.peers.process import Failed, Process
+from benchmarks.peers.rival import Rival
 from benchmarks.peers.targets import SCALING
 from benchmarks.record.setting import as_line, in_words
 from fastbert import bench, limits, parity_models
@@ -84,15 +86,14 @@ def run(plan: Plan, number: int, progress: Progress) -> Iterator[Line]:
             model, reason = make(), ""
         except Exception as error:
             model, reason = None, in_words(error)
-        engines = dict.fromkeys(plan.keys, reason) if reason else made(plan, name, model)
-        for workload in plan.workloads:
-            what = f"run {number}: {name}, {workload}"
-            load = None if reason else loads.load(workload, model, plan.dry_run)
-            yield from compared(plan, name, model, workload, load, engines, before, prefixed(progress, what))
-        if plan.scaling and OURS in plan.engines:
-            yield from scaling(plan, name, model, engines, prefixed(progress, f"run {number}: {name}, scaling"))
-        del model, engines
-        gc.collect()
+        with contextlib.ExitStack() as ending:
+            engines = dict.fromkeys(plan.keys, reason) if reason else made(plan, name, model, ending)
+            for workload in plan.workloads:
+                what = f"run {number}: {name}, {workload}"
+                load = None if reason else loads.load(workload, model, plan.dry_run)
+                yield from compared(plan, name, model, workload, load, engines, before, prefixed(progress, what))
+            if plan.scaling and OURS in plan.engines:
+                yield from scaling(plan, name, model, engines, prefixed(progress, f"run {number}: {name}, scaling"))
     yield {"part": "peaks", "when": "after", "peaks": peaks(plan.dtypes, plan.dry_run)}
 
 
@@ -100,43 +101,49 @@ def prefixed(progress: Progress, prefix: str) -> Progress:
     return lambda what, done, of: progress(f"{prefix}: {what}", done, of)
 
 
-def made(plan: Plan, name: str, model: Any) -> dict[Key, Bind | str]:
-    """Every engine, ready; or in words why it is not."""
+def made(plan: Plan, name: str, model: Any, ending: contextlib.ExitStack) -> dict[Key, Process | str]:
+    """The process of every engine, ready in every precision; or in words why it is not. `ending` ends them."""
     folder = plan.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[Key, Bind | str] = {}
-    for engine, dtype in plan.keys:
-        rival = plan.engines[engine]
-        reason = rival.available()
-        try:
-            found[engine, dtype] = reason or rival.make(model, dtype, folder)
-        except Exception as error:
-            found[engine, dtype] = in_words(error)
+    file = folder / "model.pt"
+    torch.save(model, file)
+    found: dict[Key, Process | str] = {}
+    for engine, rival in plan.engines.items():
+        keys = [key for key in plan.keys if key[0] == engine]
+        if reason := rival.available():
+            found |= dict.fromkeys(keys, reason)
+            continue
+        process = Process(rival, file, folder)
+        ending.callback(process.close)
+        for key in keys:
+            try:
+                process.make(key[1])
+                found[key] = process
+            except Failed as error:
+                found[key] = str(error)
     return found
 
 
 def compared(
-    plan: Plan, name: str, model: Any, workload: str, load: Load | None, engines: Mapping[Key, Bind | str],
+    plan: Plan, name: str, model: Any, workload: str, load: Load | None, engines: Mapping[Key, Process | str],
     known: Mapping[str, Any], progress: Progress,
 ) -> Iterator[Line]:  # fmt: skip
     """A row for each engine on a workload, those that failed too."""
-    rows, runs = {}, {}
-    for i, (key, bind) in enumerate(engines.items()):
+    rows, calls = {}, {}
+    for i, (key, process) in enumerate(engines.items()):
         progress("first calls", i, len(engines))
         engine, dtype = key
         row: Line = {"part": "engines", "model": name, "workload": workload, "engine": engine, "dtype": dtype}
-        row |= {"title": plan.engines[engine].name, "reason": bind if isinstance(bind, str) else ""}
-        if load is not None and not isinstance(bind, str):
+        row |= {"title": plan.engines[engine].name, "reason": process if isinstance(process, str) else ""}
+        if load is not None and not isinstance(process, str):
             row |= sizes(load, model)
             try:
-                runs[key], found = first(plan, name, model, load, key, bind)
-                row |= found
+                row |= first(plan, name, model, load, key, process)
             except Exception as error:
-                row["reason"] = in_words(error)
-            if row["reason"]:
-                runs.pop(key, None)
+                row["reason"] = reason_of(error)
+            if not row["reason"]:
+                calls[key] = Guarded(process, " ".join((workload, dtype)))
         rows[key] = row
-    calls = {key: Guarded(call) for key, call in runs.items()}
     samples = {key: seconds for key, seconds in timed(plan, calls, progress).items() if not calls[key].error}
     for key, call in calls.items():
         rows[key] |= {"reason": call.error} if call.error else speed(rows[key], samples[key], known)
@@ -152,15 +159,21 @@ def compared(
 class Guarded:
     """A call that, once it raised, does nothing more and says in `error` why: the others are timed on."""
 
-    call: Callable[[int], object]
+    process: Process
+    name: str
     error: str = ""
 
-    def __call__(self, i: int) -> None:
+    def __call__(self, rest: float = 0.0, again: bool = False) -> float:
         if not self.error:
             try:
-                self.call(i)
-            except Exception as error:
-                self.error = f"it failed while it was timed: {in_words(error)}"
+                return self.process.seconds(self.name, rest, again)
+            except Failed as error:
+                self.error = f"it failed while it was timed: {error}"
+        return math.nan
+
+
+def reason_of(error: Exception) -> str:
+    return str(error) if isinstance(error, Failed) else in_words(error)
 
 
 def sizes(load: Load, model: Any) -> Line:
@@ -174,25 +187,24 @@ def sizes(load: Load, model: Any) -> Line:
     }  # fmt: skip
 
 
-def first(plan: Plan, name: str, model: Any, load: Load, key: Key, bind: Bind) -> tuple[Callable[[int], object], Line]:
-    """An engine on its batches, and what its first call shows: parity of ours, the error, or why it is not timed."""
+def first(plan: Plan, name: str, model: Any, load: Load, key: Key, process: Process) -> Line:
+    """An engine on its batches for the first time: parity of ours, the error, or why it is not timed."""
+    engine, dtype = key
     found: Line = {}
-    if key[0] == OURS:
-        gate = plan.gate(name, model, load, key[1])
+    if engine == OURS:
+        gate = plan.gate(name, model, load, dtype)
         found["parity"] = gate.words
         if not gate.passed:
-            return lambda i: None, found | {"reason": f"no speed: parity failed: {gate.words}"}
-    begin = time.perf_counter()
-    bound = [bind(batch) for batch in load.batches]
+            return found | {"reason": f"no speed: parity failed: {gate.words}"}
+    outputs, found["first_seconds"] = process.bind(" ".join((load.name, dtype)), dtype, load.batches)
     error = norm = 0.0
-    for call, batch, expected in zip(bound, load.batches, plan.reference(name, model, load), strict=True):
-        got = call()[batch.attention_mask.bool()].double()
+    for output, batch, expected in zip(outputs, load.batches, plan.reference(name, model, load), strict=True):
+        got = output[batch.attention_mask.bool()].double()
         error, norm = error + float((got - expected).square().sum()), norm + float(expected.square().sum())
-    found |= {"first_seconds": time.perf_counter() - begin, "relative_error": (error / norm) ** 0.5}
-    found["error_against"] = "HuggingFace in float64"
-    if not found["relative_error"] < WRONG[key[1]]:  # NaN too
+    found |= {"relative_error": (error / norm) ** 0.5, "error_against": "HuggingFace in float64"}
+    if not found["relative_error"] < WRONG[dtype]:  # NaN too
         found["reason"] = f"it computes something else: relative error {found['relative_error']:.2g}"
-    return lambda i: [call() for call in bound], found
+    return found
 
 
 def reference(model: Any, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -202,23 +214,15 @@ def reference(model: Any, batches: Sequence[Batch]) -> list[torch.Tensor]:
     return [output["last_hidden_state"] for output in outputs]
 
 
-def timed(plan: Plan, runs: Mapping[Key, Callable[[int], object]], progress: Progress) -> dict[Key, list[float]]:
+def timed(plan: Plan, calls: Mapping[Key, Guarded], progress: Progress) -> dict[Key, list[float]]:
     """Samples of each engine, as many for every one of them."""
-    named = {" ".join(key): call for key, call in runs.items()}
-    if not named:
-        return {}
-    once = {name: seconds[0] for name, seconds in bench.interleave(named, 1, warmup=0).items()}
+    once = {key: call() for key, call in calls.items()}
     rest = 0.0 if plan.dry_run else PAUSE
-    whole = sum(rest + (2 if seconds < SHORT else 1) * seconds for seconds in once.values())
-    rounds = 2 if plan.dry_run else QUICK if plan.quick else max(LEAST, min(MOST, int(SECONDS / whole)))
-
-    def before(name: str) -> None:
-        time.sleep(rest)
-        if once[name] < SHORT:
-            named[name](0)
-
-    samples = bench.interleave(named, rounds, warmup=0, progress=progress, what="rounds", seed=SEED, before=before)
-    return {key: samples[" ".join(key)] for key in runs}
+    whole = sum(rest + (2 if seconds < SHORT else 1) * seconds for seconds in once.values() if seconds == seconds)
+    most = MOST if whole == 0 else min(MOST, int(SECONDS / whole))
+    rounds = 2 if plan.dry_run else QUICK if plan.quick else max(LEAST, most)
+    samplers = {key: partial(call, rest, once[key] < SHORT) for key, call in calls.items()}
+    return bench.in_turns(samplers, rounds, SEED, progress)
 
 
 def speed(row: Line, seconds: list[float], known: Mapping[str, Any]) -> Line:
@@ -235,32 +239,35 @@ def ratio(base: Sequence[float], own: Sequence[float]) -> bench.Ratio:
     return bench.ratio(base, own, seed=SEED)
 
 
-def scaling(plan: Plan, name: str, model: Any, engines: Mapping[Key, Bind | str], progress: Progress) -> Iterator[Line]:
+def scaling(
+    plan: Plan, name: str, model: Any, engines: Mapping[Key, Process | str], progress: Progress
+) -> Iterator[Line]:
     """What padding to twice the width costs, and ten times the sequences, over the batch as it is: pairs of samples."""
     for key in (key for key in engines if key[0] == OURS):
         for what in SCALING:
             row: Line = {"part": "scaling", "model": name, "workload": SCALED, "dtype": key[1], "what": what}
-            bind = engines[key]
-            row["reason"] = bind if isinstance(bind, str) else ""
-            if not isinstance(bind, str):
+            process = engines[key]
+            row["reason"] = process if isinstance(process, str) else ""
+            if not isinstance(process, str):
                 try:
-                    row |= scaled(plan, name, model, key, bind, what, prefixed(progress, f"{key[1]}, {what}"))
+                    row |= scaled(plan, name, model, key, process, what, prefixed(progress, f"{key[1]}, {what}"))
                 except Exception as error:
-                    row["reason"] = in_words(error)
+                    row["reason"] = reason_of(error)
             yield row
 
 
-def scaled(plan: Plan, name: str, model: Any, key: Key, bind: Bind, what: str, progress: Progress) -> Line:
-    load = loads.load(SCALED, model, plan.dry_run)
-    gate = plan.gate(name, model, load, key[1])
+def scaled(plan: Plan, name: str, model: Any, key: Key, process: Process, what: str, progress: Progress) -> Line:
+    dtype, load = key[1], loads.load(SCALED, model, plan.dry_run)
+    gate = plan.gate(name, model, load, dtype)
     if not gate.passed:
         return {"reason": f"no speed: parity failed: {gate.words}"}
     (batch,) = load.batches
     other = changed(batch, what, position_limit(model.config))
-    calls = {"changed": bind(other), "as is": bind(batch)}
-    candidates = {name: lambda i, call=call: call() for name, call in calls.items()}
+    for label, given in (("changed", other), ("as is", batch)):
+        process.bind(label, dtype, (given,))
     pairs = QUICK if plan.quick or plan.dry_run else PAIRS
-    samples = bench.interleave(candidates, pairs, warmup=1, progress=progress, what="pairs", seed=SEED)
+    samplers = {label: partial(process.seconds, label) for label in ("changed", "as is")}
+    samples = bench.in_turns(samplers, pairs, SEED, progress, "pairs")
     return {"ratio": as_line(ratio(samples["changed"], samples["as is"])), "samples": samples}
 
 

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import os
 import statistics
 from dataclasses import replace
 from functools import partial
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cpu_peers
-from benchmarks.peers import OURS, engines, hf, loads, measure, rival
+from benchmarks.peers import OURS, engines, hf, loads, measure, process, rival
 from benchmarks.peers.measure import changed
 from benchmarks.peers.rival import Rival
 from benchmarks.peers.summary import notes, summary, tables
@@ -26,6 +28,10 @@ def dry_run(folder, *more):
 
 def of_part(found, part):
     return [line for line in found if line["part"] == part]
+
+
+def always():
+    return ""
 
 
 HF = Rival("HuggingFace", ("fp32",), hf.available, hf.make)
@@ -138,7 +144,7 @@ def twice(model, dtype, folder):
 
 def test_an_engine_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
     failing = {"refuse": refuse, "broken": broken_call, "twice": twice}
-    rivals = {name: Rival(name, ("fp32",), lambda: "", make) for name, make in failing.items()}
+    rivals = {name: Rival(name, ("fp32",), always, make) for name, make in failing.items()}
     with_engines(monkeypatch, hf=HF, **rivals, fastbert=MINE)
     assert dry_run(tmp_path, "--only", "query", "--dtypes", "fp32") == 0
     rows = {row["engine"]: row for row in of_part(lines(tmp_path), "engines")}
@@ -150,25 +156,66 @@ def test_an_engine_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
     assert "out of cheese" in capsys.readouterr().out
 
 
+def tired(model, dtype, folder):
+    bind, calls = hf.make(model, dtype, folder), []
+
+    def run(batch):
+        calls.append(batch)
+        if len(calls) > 2:
+            raise RuntimeError("tired")
+        return bind(batch)()
+
+    return lambda batch: lambda: run(batch)
+
+
 def test_an_engine_that_fails_while_it_is_timed_is_a_row(monkeypatch, tmp_path):
-    calls = []
-
-    def tired(model, dtype, folder):
-        bind = hf.make(model, dtype, folder)
-
-        def run(batch):
-            calls.append(batch)
-            if len(calls) > 2:
-                raise RuntimeError("tired")
-            return bind(batch)()
-
-        return lambda batch: lambda: run(batch)
-
-    with_engines(monkeypatch, hf=HF, tired=Rival("tired", ("fp32",), lambda: "", tired))
+    with_engines(monkeypatch, hf=HF, tired=Rival("tired", ("fp32",), always, tired))
     assert dry_run(tmp_path, "--only", "query", "--dtypes", "fp32") == 0
     rows = {row["engine"]: row for row in of_part(lines(tmp_path), "engines")}
     assert rows["tired"]["reason"] == "it failed while it was timed: RuntimeError: tired"
     assert "samples" in rows["hf"] and not rows["hf"]["reason"]
+
+
+def dies(model, dtype, folder):
+    bind = hf.make(model, dtype, folder)
+    return lambda batch: lambda: os._exit(7) if batch.input_ids.shape[0] == 1 else bind(batch)()
+
+
+def test_an_engine_that_ends_its_process_is_a_row(monkeypatch, tmp_path):
+    with_engines(monkeypatch, dies=Rival("dies", ("fp32", "bf16"), always, dies), hf=HF)
+    assert dry_run(tmp_path, "--only", "ragged,query") == 0
+    rows = of_part(lines(tmp_path), "engines")
+    reasons = {(row["engine"], row["workload"], row["dtype"]): row["reason"] for row in rows}
+    assert reasons["dies", "ragged", "fp32"] == reasons["hf", "ragged", "fp32"] == reasons["hf", "query", "fp32"] == ""
+    assert reasons["dies", "query", "fp32"] == reasons["dies", "query", "bf16"] == "its process ended with 7"
+
+
+def where(model, dtype, folder):
+    """An engine that says in which process it runs, with how many threads."""
+    bind, file = hf.make(model, dtype, folder), folder / f"{dtype}-{os.getpid()}-{torch.get_num_threads()}"
+    file.touch()
+    return bind
+
+
+def test_every_engine_has_a_process_and_this_ones_threads(monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    rivals = {name: Rival(name, ("fp32", "bf16"), always, where) for name in ("first", "second")}
+    plan = measure.Plan(loads.DRY_MODELS, [], False, rivals, ("fp32", "bf16"), tmp_path, dry_run=True)
+    try:
+        torch.set_num_threads(3)
+        with contextlib.ExitStack() as ending:
+            made = measure.made(plan, "tiny", loads.DRY_MODELS["tiny"](), ending)
+            alive = [process.process for process in made.values()]
+            assert all(process.is_alive() for process in alive)
+    finally:
+        torch.set_num_threads(threads)
+    told = [file.name.split("-") for file in (tmp_path / "tiny").glob("*-*-*")]
+    assert sorted(dtype for dtype, _, _ in told) == ["bf16", "bf16", "fp32", "fp32"]
+    assert len({pid for _, pid, _ in told} - {str(os.getpid())}) == 2, (
+        "a process for each engine, not for each precision"
+    )
+    assert {count for _, _, count in told} == {"3"}
+    assert not any(process.is_alive() for process in alive)
 
 
 def test_without_parity_there_is_no_speed(monkeypatch, tmp_path):
@@ -395,10 +442,11 @@ def test_docstrings_are_64_and_others_calibrate(monkeypatch, docstrings):
 
 def test_every_round_has_its_own_order():
     calls = []
-    candidates = {name: (lambda i, name=name: calls.append((i, name))) for name in "ABCDE"}
-    run = partial(bench.interleave, candidates, 6, warmup=0, seed=3)
-    run()
-    rounds = [[name for i, name in calls if i == number] for number in range(6)]
+    samplers = {name: (lambda name=name: calls.append(name) or float(len(calls))) for name in "ABCDE"}
+    run = partial(bench.in_turns, samplers, 6, seed=3)
+    found = run()
+    rounds = [calls[i : i + 5] for i in range(0, 30, 5)]
+    assert found["C"] == [i + 1.0 for i, name in enumerate(calls) if name == "C"]
     assert all(sorted(names) == list("ABCDE") for names in rounds), "each candidate once a round"
     assert len({tuple(names) for names in rounds}) > 3
     first = list(calls)
@@ -407,18 +455,21 @@ def test_every_round_has_its_own_order():
     assert calls == first, "the order is seeded"
 
 
-def test_what_is_done_before_a_sample_is_not_timed(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+def test_rest_and_the_call_before_are_not_timed(monkeypatch):
+    clock, calls = [0.0], []
 
     def pass_time(seconds):
         clock[0] += seconds
 
-    before = []
-    found = bench.interleave(
-        {"A": lambda i: pass_time(1.0)}, 2, warmup=0, before=lambda name: (before.append(name), pass_time(100.0))
-    )
-    assert found == {"A": [1.0, 1.0]} and before == ["A", "A"]
+    monkeypatch.setattr(process.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(process.time, "sleep", lambda seconds: (calls.append("rest"), pass_time(100.0 * seconds)))
+    seat = process.Seat(HF, None, None)
+    seat.bound["x"] = [lambda: (calls.append("a"), pass_time(1.0)), lambda: (calls.append("b"), pass_time(2.0))]
+    assert seat.seconds("x", 0.5, True) == 3.0
+    assert calls == ["rest", "a", "b", "a", "b"]
+    calls.clear()
+    assert seat.seconds("x", 0.0, False) == 3.0
+    assert calls == ["rest", "a", "b"]
 
 
 # The command
