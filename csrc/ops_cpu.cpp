@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> unpad_cpu(const Tensor& mask_tensor, int64_t)
   auto* cu_seqlens = static_cast<int32_t*>(cu_tensor.data_ptr());
   const int64_t rows_per_task = kElementsPerTask / (mask.columns + 1) + 1;
 
-  torch::stable::parallel_for(0, mask.rows, rows_per_task, [&](int64_t first, int64_t last) {
+  run_ranges(mask.rows, rows_per_task, [&](int64_t first, int64_t last) {
     cpu::count_rows(mask, first, last, cu_seqlens + 1);
   });
   int64_t total = 0;
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> unpad_cpu(const Tensor& mask_tensor, int64_t)
 
   Tensor indices_tensor = empty_indices(mask_tensor, total);
   auto* indices = static_cast<int64_t*>(indices_tensor.data_ptr());
-  torch::stable::parallel_for(0, mask.rows, rows_per_task, [&](int64_t first, int64_t last) {
+  run_ranges(mask.rows, rows_per_task, [&](int64_t first, int64_t last) {
     cpu::fill_rows(mask, first, last, cu_seqlens, indices);
   });
   Tensor order_tensor = empty_on_device_of(mask_tensor, mask.rows, ScalarType::Int);
@@ -55,7 +55,7 @@ class TaskMemory {
 // f(memory, first, last) for parts of the rows [0, rows)
 template <typename F>
 void parallel_rows(int64_t rows, int64_t hidden, F f) {
-  torch::stable::parallel_for(0, rows, kElementsPerTask / hidden + 1, [&](int64_t first, int64_t last) {
+  run_ranges(rows, kElementsPerTask / hidden + 1, [&](int64_t first, int64_t last) {
     const TaskMemory memory(hidden);
     f(memory.get(), first, last);
   });
@@ -65,7 +65,7 @@ void parallel_rows(int64_t rows, int64_t hidden, F f) {
 template <typename F>
 void parallel_blocks(int64_t rows, int64_t hidden, F f) {
   const int64_t grain = kElementsPerTask / (cpu::kBlockRows * hidden) + 1;
-  torch::stable::parallel_for(0, cpu::block_count(rows), grain, [&](int64_t first, int64_t last) {
+  run_ranges(cpu::block_count(rows), grain, [&](int64_t first, int64_t last) {
     const TaskMemory memory(hidden);
     for (int64_t block = first; block < last; ++block) f(memory.get(), block);
   });
@@ -186,7 +186,7 @@ Tensor table_gradient_cpu(const Tensor& dx, const Table& table, int64_t padding,
   const float* const dx_rows = floats(dx);
   const auto kernel = cpu::embed_layer_norm_table();
   const int64_t grain = kElementsPerTask * tiles / (rows * hidden + 1) + 1;
-  torch::stable::parallel_for(0, tiles, grain, [&](int64_t first, int64_t last) {
+  run_ranges(tiles, grain, [&](int64_t first, int64_t last) {
     kernel(dx_rows, groups, hidden, dtype, sums, first, last);
   });
   return out;

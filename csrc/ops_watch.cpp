@@ -104,7 +104,7 @@ class Watch {
     const auto is_of = [](const Place& place, const Tensor& tensor) { return place.is_of(tensor); };
     if (!std::equal(places_.begin(), places_.end(), tensors_.begin(), is_of)) return false;
     const auto tasks = static_cast<int64_t>(samples_.size());
-    const int64_t threads = count_ <= kAlone || Team::is_idle() ? 1 : torch::stable::get_num_threads();
+    const int64_t threads = count_ <= kAlone ? 1 : torch::stable::get_num_threads();
     std::atomic<bool> same{true};
     Team team(threads, 1);
     team.run([&](Team::Member& member) {

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -14,6 +13,7 @@
 
 #include "attention.h"
 #include "tensors.h"
+#include "wake.h"
 
 namespace fastbert {
 namespace {
@@ -30,12 +30,31 @@ using Memory = std::unique_ptr<void, Free>;
 
 inline Memory allocate(size_t bytes) { return Memory(::operator new(bytes, kLine)); }
 
+// f(slot) in a parallel region, for the slots [0, threads)
+template <typename F>
+void run_slots(int64_t threads, F f) {
+  Region region(threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t slot = first; slot < last; ++slot) {
+      region.enter(slot);
+      f(slot);
+    }
+  });
+}
+
+// f(first, last) for parts of [0, count), each of one thread and at least so large as `least`
+template <typename F>
+void run_ranges(int64_t count, int64_t least, F f) {
+  const int64_t parts = std::clamp<int64_t>(count / least, 1, torch::stable::get_num_threads());
+  run_slots(parts, [&](int64_t part) { f(count * part / parts, count * (part + 1) / parts); });
+}
+
 // f(task, slot) for the tasks [0, tasks), each taken by whichever thread is free; slot: below threads, of one thread
 // at a time.
 template <typename F>
 void run_tasks(int64_t tasks, int64_t threads, F f) {
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t slot, int64_t) {
+  run_slots(std::min(tasks, threads), [&](int64_t slot) {
     for (int64_t task = next++; task < tasks; task = next++) f(task, slot);
   });
 }
@@ -59,10 +78,6 @@ class Team {
     // f(task, slot) for the tasks [0, tasks); slot: below threads, of one thread at a time
     template <typename F>
     void step(int64_t tasks, F f) {
-      if (slot_ == kAll) {
-        run_tasks(tasks, team_.threads_, f);
-        return;
-      }
       Step& step = team_.steps_[next_++];
       for (int64_t task = step.taken++; task < tasks; task = step.taken++) {
         f(task, slot_);
@@ -83,38 +98,16 @@ class Team {
     size_t next_ = 0;
   };
 
-  // program(member) in every thread. Threads that have been idle are asleep: for them each step is a region of its own,
-  // or the first would wait at its end, with its core kept busy, for those who come when all is done.
+  // program(member) in every thread
   template <typename F>
   void run(F program) {
-    if (threads_ > 1 && is_idle()) {
-      Member all(*this, kAll);
-      program(all);
-      last_end = now();
-      return;
-    }
-    torch::stable::parallel_for(0, threads_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t slot = first; slot < last; ++slot) {
-        Member member(*this, slot);
-        program(member);
-      }
+    run_slots(threads_, [&](int64_t slot) {
+      Member member(*this, slot);
+      program(member);
     });
-    last_end = now();
   }
-
-  // Whether threads that are waited for now would first have to wake up.
-  static bool is_idle() { return now() - last_end > kIdle; }
 
  private:
-  static constexpr int64_t kAll = -1;  // the slot of a member that opens a region for each step
-  static constexpr int64_t kIdle = 1000;  // microseconds
-  static inline std::atomic<int64_t> last_end{0};
-
-  static int64_t now() {
-    using namespace std::chrono;
-    return duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
-  }
-
   struct alignas(64) Step {
     std::atomic<int64_t> taken{0}, done{0};
   };
