@@ -31,7 +31,7 @@ from fastbert.provenance import provenance
 from fastbert.workloads import Batch
 
 PACKAGES = ("onnx", "onnxruntime", "openvino", "nncf", "ctranslate2")
-SECONDS, LEAST, MOST, QUICK = 180.0, 5, 40, 3  # of a workload's rounds, and how many there are
+SECONDS, LEAST, MOST, QUICK = 90.0, 5, 40, 3  # of a workload's rounds, and how many there are
 PAUSE, SHORT = 0.05, 0.25  # seconds of rest before a sample; a call below SHORT is made once untimed before
 WRONG = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.5}  # relative error from which an engine computes something else
 PAIRS, TEN, SEED = 20, 10, 20240
