@@ -214,12 +214,12 @@ def encoder_forward(
 
 def quantized_linear(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
-    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+    outliers: Tensor | None = None, rotated: int = 1, activation: str = "",
 ) -> Tensor:  # fmt: skip
     """A product in the tested dtype of what a quantized x and weight stand for."""
     rows = x.float().clone()
     full = weight.to(x.dtype) * scales.to(x.dtype)[:, None]
-    if columns is not None and exact is not None:
+    if columns is not None and outliers is not None:
         rows[:, columns] = 0
     hadamard = torch.ones(1, 1, device=x.device)
     while len(hadamard) < rotated:
@@ -227,8 +227,9 @@ def quantized_linear(
     rows = (rows.double().unflatten(1, (-1, rotated)) @ hadamard.double()).flatten(1).float()  # type: ignore[no-untyped-call]
     step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-126)
     found = torch.round(rows * (1 / step)).to(x.dtype) * step.to(x.dtype)
-    if columns is not None and exact is not None:
-        found, full = torch.cat([found, x[:, columns]], 1), torch.cat([full, exact.to(x.dtype)], 1)
+    if columns is not None and outliers is not None:
+        large = x[:, columns].to(torch.bfloat16).to(x.dtype)
+        found, full = torch.cat([found, large], 1), torch.cat([full, outliers.to(x.dtype)], 1)
     y = F.linear(found, full, None if bias is None else bias.to(x.dtype))
     return F.gelu(y, approximate=activation) if activation else y
 

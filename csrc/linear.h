@@ -20,17 +20,17 @@ constexpr int kPanel = 32;  // rows of a weight that stand side by side when it 
 
 // weight [columns, inner] packed: [panels of columns][words of inner][kPanel] words, zeros where there is none. The same
 // for every instruction set. Of int8 also what a step is and the sum of each of its columns [columns]; the columns of x
-// that are multiplied in float32 instead, [exact_count] of them, with exact [panels][exact_count][kPanel]; the others are
-// rotated in blocks of so many, a power of two that divides inner.
+// that are multiplied in bfloat16 instead, [outlier_count] of them, with outliers [panels][outlier_words][kPanel]; the
+// others are rotated in blocks of so many, a power of two that divides inner.
 struct PackedWeight {
   const void* words;
   Weights kind;
   int64_t columns, inner;
   const float* scales;
   const int32_t* sums;
-  const int64_t* exact_columns;
-  const float* exact;
-  int64_t exact_count, rotated;
+  const int64_t* outlier_columns;
+  const uint32_t* outliers;
+  int64_t outlier_count, rotated;
 };
 
 // static, as all functions here: of the files compiled for several instruction sets none may share one
@@ -39,6 +39,8 @@ static constexpr int words_each(Weights kind) { return kind == Weights::float32 
 static inline int64_t inner_words(const PackedWeight& weight) {
   return (weight.inner + words_each(weight.kind) - 1) / words_each(weight.kind);
 }
+
+static inline int64_t outlier_words(const PackedWeight& weight) { return (weight.outlier_count + 1) / 2; }
 
 static inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
@@ -63,7 +65,7 @@ constexpr int64_t kBlockBytes = 1 << 19;  // of packed rows of x: with a panel o
 // of 6 that are 8 wide, with their scales.
 static inline int64_t packed_bytes(const PackedWeight& weight, int64_t rows) {
   const int64_t width = rows * 4 / 3 + 16;
-  return 4 * (width * (2 * inner_words(weight) + 16 + weight.exact_count) + rows + 32) + 3 * 64;
+  return 4 * (width * (2 * inner_words(weight) + 16 + 2 * outlier_words(weight)) + rows + 32) + 3 * 64;
 }
 
 // Bytes of what a thread computes in: a tile's sums twice; of int8 a row, a tile's rows of bytes.

@@ -22,8 +22,8 @@ constexpr int64_t kHeadProducts = 1 << 13;  // of attention are worth a task of 
 // The tensors of a packed weight, as torch hands them over.
 struct WeightTensors {
   const Tensor& words;  // [panels, words, kPanel, numbers in a word]
-  // of int8: what a step of each row is and the sum of each row [columns]; the columns in float32 [C] and their panels
-  const Tensor *scales, *sums, *exact_columns, *exact;
+  // of int8: what a step of each row is and the sum of each row [columns]; the columns in bfloat16 [C] and their panels
+  const Tensor *scales, *sums, *outlier_columns, *outliers;
 };
 
 bool is_dense(const Tensor& tensor, ScalarType dtype, int64_t size) {
@@ -52,15 +52,15 @@ cpu::PackedWeight packed_weight(const WeightTensors& tensors, int64_t columns, i
         "linear: a weight of int8 needs scales and sums, [N] float32 and int32");
   weight.scales = floats(*tensors.scales);
   weight.sums = ints(*tensors.sums);
-  weight.exact_count = tensors.exact_columns->numel();
-  check(is_dense(*tensors.exact_columns, ScalarType::Long, weight.exact_count) &&
-            is_dense(*tensors.exact, ScalarType::Float, panels * weight.exact_count * cpu::kPanel),
-        "linear: a weight's exact columns are not [C] int64 and [panels, C, 32] float32");
-  weight.exact_columns = static_cast<const int64_t*>(tensors.exact_columns->data_ptr());
-  const int64_t* const last = weight.exact_columns + weight.exact_count;
-  check(std::all_of(weight.exact_columns, last, [=](int64_t i) { return i >= 0 && i < inner; }),
-        "linear: an exact column is none of the weight's");
-  weight.exact = floats(*tensors.exact);
+  weight.outlier_count = tensors.outlier_columns->numel();
+  check(is_dense(*tensors.outlier_columns, ScalarType::Long, weight.outlier_count) &&
+            is_dense(*tensors.outliers, ScalarType::BFloat16, panels * cpu::outlier_words(weight) * cpu::kPanel * 2),
+        "linear: a weight's columns of outliers are not [C] int64 and [panels, C / 2, 32, 2] bfloat16");
+  weight.outlier_columns = static_cast<const int64_t*>(tensors.outlier_columns->data_ptr());
+  const int64_t* const last = weight.outlier_columns + weight.outlier_count;
+  check(std::all_of(weight.outlier_columns, last, [=](int64_t i) { return i >= 0 && i < inner; }),
+        "linear: a column of outliers is none of the weight's");
+  weight.outliers = static_cast<const uint32_t*>(tensors.outliers->data_ptr());
   while (weight.rotated < rotated && inner % (2 * weight.rotated) == 0) weight.rotated *= 2;
   return weight;
 }
@@ -222,7 +222,7 @@ struct Layer {
   const float *gamma1, *beta1, *gamma2, *beta2;
 };
 
-// of each product: packed weight, scales, sums, exact columns, exact, bias; of each LayerNorm two
+// of each product: packed weight, scales, sums, columns of outliers, outliers, bias; of each LayerNorm two
 constexpr size_t kLayerTensors = 28;
 
 Layer layer_of(const Tensor* tensors, int64_t hidden, int64_t inner, int64_t intermediate, int64_t rotated,

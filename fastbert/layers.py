@@ -126,7 +126,7 @@ class QuantizedProduct:
     Args:
         weight: [N, K] int8, with scales [N].
         bias: [N].
-        columns: [C], multiplied with exact [N, C].
+        columns: [C], multiplied with outliers [N, C].
         rotated: how many columns a block of the rotation has.
     """
 
@@ -134,12 +134,12 @@ class QuantizedProduct:
     scales: Tensor
     bias: Tensor | None
     columns: Tensor
-    exact: Tensor | PackedWeight
+    outliers: Tensor | PackedWeight
     rotated: int
 
     def __call__(self, x: Tensor, activation: str = "") -> Tensor:
         """x [T, K] → [T, N]; activation: GELU as `approximate` says, or ""."""
-        weights = self.weight, self.scales, self.bias, self.columns, self.exact, self.rotated
+        weights = self.weight, self.scales, self.bias, self.columns, self.outliers, self.rotated
         return ops.quantized_linear(x, *weights, activation)  # type: ignore[no-any-return]
 
 

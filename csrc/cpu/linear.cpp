@@ -15,10 +15,12 @@ constexpr int kTileWidth = whole_vectors(kTileRows);  // of its rows of x, packe
 constexpr int64_t whole(int64_t words) { return (words + kLanes - 1) / kLanes * kLanes; }
 
 constexpr int kStep = 64;  // words whose products are added one after the other: a long sum in parts is more exact
+constexpr int64_t kAll = INT64_MAX;
 
 // How a word of a weight is multiplied: as kParts vectors, each with a word of x of its own.
 struct Floats {
   static constexpr int kParts = 1;
+  static constexpr int64_t kAtOnce = kStep;
   using Left = float;
   using Sum = Float;
   using Right = Float;
@@ -29,6 +31,7 @@ struct Floats {
 #ifdef __AVX512BF16__
 struct BFloats {
   static constexpr int kParts = 1;
+  static constexpr int64_t kAtOnce = kStep;
   using Left = uint32_t;
   using Sum = Float;
   using Right = Word;
@@ -38,6 +41,7 @@ struct BFloats {
 #else
 struct BFloats {
   static constexpr int kParts = 2;
+  static constexpr int64_t kAtOnce = kStep;
   using Left = float;
   using Sum = Float;
   using Right = Float;
@@ -52,6 +56,7 @@ struct BFloats {
 #ifdef __AVX512VNNI__
 struct Bytes {
   static constexpr int kParts = 1;
+  static constexpr int64_t kAtOnce = kAll;
   using Left = uint32_t;
   using Sum = Int;
   using Right = Word;
@@ -64,6 +69,7 @@ struct Bytes {
 // Pairs of 16 bits: the first and third byte of a word, then the second and fourth.
 struct Bytes {
   static constexpr int kParts = 2;
+  static constexpr int64_t kAtOnce = kStep;  // whose words stay in the first cache while the vectors of a panel pass
   using Left = uint32_t;
   using Sum = Int;
   using Right = Word;
@@ -139,9 +145,11 @@ constexpr int64_t left_size(int64_t words) {  // pack_transposed fills whole vec
   return (words * Kind::kParts + kLanes - 1) / kLanes * kLanes * kTileWidth;
 }
 
+int64_t outlier_size(const PackedWeight& weight) { return outlier_words(weight) * BFloats::kParts * kTileWidth; }
+
 template <typename Kind>
 int64_t tiles_of_block(const PackedWeight& weight, int64_t rows) {
-  const int64_t bytes = 4 * (left_size<Kind>(inner_words(weight)) + weight.exact_count * kTileWidth);
+  const int64_t bytes = 4 * (left_size<Kind>(inner_words(weight)) + outlier_size(weight));
   const int64_t fit = kBlockBytes / bytes, needed = (rows + kTileRows - 1) / kTileRows;
   return fit < 1 ? 1 : fit < needed ? fit : needed;
 }
@@ -166,22 +174,22 @@ class Taken {
 template <typename Kind>
 struct Packed {
   typename Kind::Left* left;  // [tiles, `left_size`]
-  float* exact;               // [tiles, exact columns, kTileWidth]
+  BFloats::Left* outliers;    // [tiles, `outlier_size`]
   float* scales;              // of the rows
 };
 
 template <typename Kind>
 Packed<Kind> packed_in(Taken& memory, const PackedWeight& weight, int64_t tiles) {
   auto* const left = memory.next<typename Kind::Left>(tiles * left_size<Kind>(inner_words(weight)));
-  auto* const exact = memory.next<float>(tiles * weight.exact_count * kTileWidth);
-  return {left, exact, memory.next<float>(tiles * kTileRows)};
+  auto* const outliers = memory.next<BFloats::Left>(tiles * outlier_size(weight));
+  return {left, outliers, memory.next<float>(tiles * kTileRows)};
 }
 
 // What a thread computes in.
 template <typename Kind>
 struct Room {
   typename Kind::Sum* sums;  // [kTileRows, kPanel]
-  Float* exact_sums;         // [kTileRows, kPanel]
+  Float* outlier_sums;       // [kTileRows, kPanel]
   float* row;                // [inner], in whole vectors
   uint32_t* bytes;           // of a tile's rows [kTileRows, words · kParts], each in whole vectors
 };
@@ -190,7 +198,7 @@ template <typename Kind>
 Room<Kind> room_in(Taken memory, const PackedWeight& weight) {
   Room<Kind> room = {};
   room.sums = memory.next<typename Kind::Sum>(kTileRows * kPanel);
-  room.exact_sums = memory.next<Float>(kTileRows * kPanel);
+  room.outlier_sums = memory.next<Float>(kTileRows * kPanel);
   if (weight.kind == Weights::int8) {
     room.row = memory.next<float>(weight.inner + kLanes);
     room.bytes = memory.next<uint32_t>(kTileRows * whole(inner_words(weight) * Kind::kParts));
@@ -200,7 +208,7 @@ Room<Kind> room_in(Taken memory, const PackedWeight& weight) {
 
 template <typename T>
 void pack_rows(Floats, const T* x, int64_t stride, int count, const PackedWeight& weight, Room<Floats>&, float* left,
-               float*, float*) {
+               BFloats::Left*, float*) {
   pack_transposed<Numbers, kTileWidth>(x, stride, count, weight.inner, left);
 }
 
@@ -217,13 +225,13 @@ FASTBERT_INLINE Word words_at(Pairs, const T* row, int dim, int column) {
 
 template <typename T>
 void pack_rows(BFloats, const T* x, int64_t stride, int count, const PackedWeight& weight, Room<BFloats>&,
-               uint32_t* left, float*, float*) {
+               uint32_t* left, BFloats::Left*, float*) {
   pack_transposed<Pairs, kTileWidth>(x, stride, count, weight.inner, left);
 }
 #else
 template <typename T>
 void pack_rows(BFloats, const T* x, int64_t stride, int count, const PackedWeight& weight, Room<BFloats>&, float* left,
-               float*, float*) {
+               BFloats::Left*, float*) {
   pack_transposed<Numbers, kTileWidth>(x, stride, count, weight.inner, left);
 }
 #endif
@@ -255,10 +263,9 @@ FASTBERT_INLINE Float exchanged(Float x) {
 // One step of the Walsh-Hadamard transform within a vector: of two lanes so far apart their sum and difference.
 template <int distance>
 FASTBERT_INLINE Float butterfly(Float x) {
-  Int place;
-  for (int i = 0; i < kLanes; ++i) place[i] = i;
-  const Float other = exchanged<distance>(x);
-  return select((place & distance) == 0, x + other, other - x);
+  Float sign;
+  for (int i = 0; i < kLanes; ++i) sign[i] = (i & distance) == 0 ? 1.0f : -1.0f;
+  return fma(x, sign, exchanged<distance>(x));
 }
 
 // row [whole(inner)], blocks of `width` numbers: their Walsh-Hadamard transform, its sums of two in the reference's order
@@ -277,7 +284,21 @@ FASTBERT_INLINE void rotate(float* row, int64_t inner, int64_t width) {
       store(row + i, x, Whole{});
     }
   }
-  for (int64_t half = kLanes; half < width; half *= 2) {
+  int64_t half = kLanes;
+  for (; 4 * half <= width; half *= 4) {  // two steps at once
+    for (int64_t block = 0; block < inner; block += 4 * half) {
+      for (int64_t i = block; i < block + half; i += kLanes) {
+        const Float a = load(row + i, Whole{}), b = load(row + i + half, Whole{});
+        const Float c = load(row + i + 2 * half, Whole{}), d = load(row + i + 3 * half, Whole{});
+        const Float sum = a + b, other_sum = c + d, difference = a - b, other_difference = c - d;
+        store(row + i, sum + other_sum, Whole{});
+        store(row + i + half, difference + other_difference, Whole{});
+        store(row + i + 2 * half, sum - other_sum, Whole{});
+        store(row + i + 3 * half, difference - other_difference, Whole{});
+      }
+    }
+  }
+  for (; half < width; half *= 2) {
     for (int64_t block = 0; block < inner; block += 2 * half) {
       for (int64_t i = block; i < block + half; i += kLanes) {
         const Float a = load(row + i, Whole{}), b = load(row + i + half, Whole{});
@@ -315,19 +336,37 @@ FASTBERT_INLINE float quantize(const float* row, int64_t inner, uint8_t* to) {
   return scale + lost;
 }
 
+// A row's outliers in bfloat16, as row r of a tile.
+FASTBERT_INLINE void pack_outliers(const float* row, const PackedWeight& weight, int r, BFloats::Left* to) {
+  for (int64_t first = 0; first < weight.outlier_count; first += kLanes) {
+    Float some = {};
+    for (int64_t i = first; i < weight.outlier_count && i < first + kLanes; ++i) {
+      some[i - first] = row[weight.outlier_columns[i]];
+    }
+    const Short bits = narrowed(some, BFloat16{});
+    for (int64_t i = first; i < 2 * outlier_words(weight) && i < first + kLanes; i += 2) {
+      const uint32_t low = bits[i - first], high = bits[i - first + 1];
+      if constexpr (BFloats::kParts == 1) {
+        to[i / 2 * kTileWidth + r] = low | high << 16;
+      } else {
+        to[i * kTileWidth + r] = bits_of<float>(low << 16);
+        to[(i + 1) * kTileWidth + r] = bits_of<float>(high << 16);
+      }
+    }
+  }
+}
+
 template <typename T>
 void pack_rows(Bytes, const T* x, int64_t stride, int count, const PackedWeight& weight, Room<Bytes>& room,
-               uint32_t* left, float* exact, float* scales) {
+               uint32_t* left, BFloats::Left* outliers, float* scales) {
   const int64_t words = (weight.inner + 3) / 4, width = whole(words * Bytes::kParts);
   for (int r = 0; r < count; ++r, x += stride) {
     store(room.row + weight.inner / kLanes * kLanes, Float{}, Whole{});
     for_columns(weight.inner, [&](int64_t column, auto there) {
       store(room.row + column, load(x + column, there), there);
     });
-    for (int64_t i = 0; i < weight.exact_count; ++i) {
-      exact[i * kTileWidth + r] = room.row[weight.exact_columns[i]];
-    }
-    for (int64_t i = 0; i < weight.exact_count; ++i) room.row[weight.exact_columns[i]] = 0;
+    pack_outliers(room.row, weight, r, outliers);
+    for (int64_t i = 0; i < weight.outlier_count; ++i) room.row[weight.outlier_columns[i]] = 0;
     rotate(room.row, weight.inner, weight.rotated);
     uint32_t* const bytes = room.bytes + r * width;
     scales[r] = quantize(room.row, weight.inner, reinterpret_cast<uint8_t*>(bytes));
@@ -350,11 +389,11 @@ FASTBERT_INLINE Float value_of(Kind, Float sum, const Float*, float, const Packe
 }
 
 template <typename Count>
-FASTBERT_INLINE Float value_of(Bytes, Int sum, const Float* exact, float scale, const PackedWeight& weight,
+FASTBERT_INLINE Float value_of(Bytes, Int sum, const Float* outliers, float scale, const PackedWeight& weight,
                                int64_t column, Count there) {
   const Int corrected = sum - 128 * bits_of<Int>(read<Word>(weight.sums + column, there));
   const Float value = __builtin_convertvector(corrected, Float) * load(weight.scales + column, there) * scale;
-  return exact == nullptr ? value : value + *exact;
+  return outliers == nullptr ? value : value + *outliers;
 }
 
 // The rows `first` and so on of a panel, with bias and activation.
@@ -373,8 +412,8 @@ void finish(const Linear& inputs, const Room<Kind>& room, const float* scales, i
       }
       for (int r = 0; r < height; ++r) {
         const int64_t place = (r * kPanel + column) / kLanes;
-        const Float* const exact = inputs.weight.exact_count > 0 ? room.exact_sums + place : nullptr;
-        const Float sum = value_of(Kind{}, room.sums[place], exact, scales[r], inputs.weight, start + column, there);
+        const Float* const outliers = inputs.weight.outlier_count > 0 ? room.outlier_sums + place : nullptr;
+        const Float sum = value_of(Kind{}, room.sums[place], outliers, scales[r], inputs.weight, start + column, there);
         T* const to = static_cast<T*>(inputs.out) + (first + r) * inputs.out_stride + start + column;
         store(to, activated<T>(sum + bias, inputs.activation), there);
       }
@@ -392,13 +431,13 @@ template <typename Kind>
 void pack_tiles(const Linear& inputs, int64_t first, int64_t rows, int64_t first_tile, int64_t last_tile,
                 const Packed<Kind>& packed, Room<Kind>& room) {
   const PackedWeight& weight = inputs.weight;
-  const int64_t size = left_size<Kind>(inner_words(weight)), exact_size = weight.exact_count * kTileWidth;
+  const int64_t size = left_size<Kind>(inner_words(weight));
   with_type(inputs.x_dtype, [&](auto type) {
     const auto* const x = static_cast<const typename decltype(type)::Type*>(inputs.x);
     for (int64_t i = first_tile; i < last_tile; ++i) {
       const int64_t row = tile_start(i, rows), height = tile_start(i + 1, rows) - row;
       pack_rows(Kind{}, x + (first + row) * inputs.x_stride, inputs.x_stride, height, weight, room,
-                packed.left + i * size, packed.exact + i * exact_size, packed.scales + row);
+                packed.left + i * size, packed.outliers + i * outlier_size(weight), packed.scales + row);
     }
   });
 }
@@ -408,7 +447,7 @@ template <typename Kind>
 void multiply_panels(const Linear& inputs, int64_t first, int64_t rows, int64_t first_panel, int64_t last_panel,
                      const Packed<Kind>& packed, const Room<Kind>& room) {
   const PackedWeight& weight = inputs.weight;
-  const int64_t words = inner_words(weight), exact_size = weight.exact_count * kTileWidth, tiles = tiles_in(rows);
+  const int64_t words = inner_words(weight), tiles = tiles_in(rows), wide = outlier_words(weight);
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const uint32_t* const right = static_cast<const uint32_t*>(weight.words) + panel * words * kPanel;
     for (int64_t i = 0; i < tiles; ++i) {
@@ -418,8 +457,8 @@ void multiply_panels(const Linear& inputs, int64_t first, int64_t rows, int64_t 
       // while the first two tiles pass: the next panel, half of the lines each
       const bool is_next = i < 2 && panel + 1 < last_panel;
       const uint32_t* const ahead = is_next ? right + words * kPanel + i * kPanel / 2 : right;
-      for (int64_t word = 0; word < words; word += kStep) {
-        const int64_t count = words - word < kStep ? words - word : kStep;
+      for (int64_t word = 0; word < words; word += Kind::kAtOnce) {
+        const int64_t count = words - word < Kind::kAtOnce ? words - word : Kind::kAtOnce;
         const auto* const part = left + word * Kind::kParts * kTileWidth;
         if (word == 0) {
           times_panel_of<Kind, false>(height, part, right, count, ahead, room.sums);
@@ -427,9 +466,10 @@ void multiply_panels(const Linear& inputs, int64_t first, int64_t rows, int64_t 
           times_panel_of<Kind, true>(height, part, right + word * kPanel, count, ahead + word * kPanel, room.sums);
         }
       }
-      if (weight.exact_count > 0) {
-        const auto* const exact = reinterpret_cast<const uint32_t*>(weight.exact) + panel * weight.exact_count * kPanel;
-        times_panel_of<Floats, false>(height, packed.exact + i * exact_size, exact, weight.exact_count, exact, room.exact_sums);
+      if (wide > 0) {
+        const uint32_t* const outliers = weight.outliers + panel * wide * kPanel;
+        const auto* const own = packed.outliers + i * outlier_size(weight);
+        times_panel_of<BFloats, false>(height, own, outliers, wide, outliers, room.outlier_sums);
       }
       finish<Kind>(inputs, room, packed.scales + start, first + start, height, panel);
     }

@@ -239,6 +239,8 @@ def run(
     x = embed(model, inputs, packing, p, seed)
     stream, dtype = stream_dtype(x), compute_dtype(x)
     x = project(model, state.cache, x, dtype)
+    if structure.is_int8 and dtype == torch.float32 and x.device.type == "cpu":
+        dtype = torch.bfloat16  # of what stands between int8 products: rounded to 8 bits there anyway
     wanted = wanted_hidden_states(model, inputs) or set()
     asked = bool(inputs.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)))
     # Under autocast a projection gives the low dtype, and on a CPU HuggingFace's LayerNorms keep what they are given.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastbert.models.accelerate import Model, check_int8, check_module, known_models
 from fastbert.models.families import Family
-from fastbert.models.quantized import QuantizedLinear, exact_count, linears, put
+from fastbert.models.quantized import QuantizedLinear, linears, outlier_count, put
 from fastbert.models.quantizer import mark
 from fastbert.models.structure import TOKENWISE, kind_of
 
@@ -104,7 +104,7 @@ def outlier_columns(base: Any, family: Family, inputs: list[Mapping[str, Any]] |
         for module, mode in modes:
             module.training = mode
     return {
-        path: magnitudes.topk(exact_count(magnitudes.shape[0])).indices.sort().values
+        path: magnitudes.topk(outlier_count(magnitudes.shape[0])).indices.sort().values
         for path, magnitudes in greatest.items()
     }
 

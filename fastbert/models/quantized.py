@@ -14,27 +14,27 @@ from fastbert.models.families import Family
 from fastbert.ops import reference
 from fastbert.ops.encoder import ROTATED
 
-EXACT_SHARE = 24  # of so many columns one stays in fp32
+OUTLIER_SHARE = 16  # of so many columns one stays in bf16
 METHOD = "fastbert"  # the quant_method in the quantization_config of config.json
-WIDE = ("scales", "exact")  # buffers that stay in fp32 whatever a model's dtype is
+KEPT = {"scales": torch.float32, "outliers": torch.bfloat16}  # buffers that stay so whatever a model's dtype is
 
 
-def exact_count(columns: int, share: int = EXACT_SHARE) -> int:
-    """How many of a product's columns stay in fp32."""
+def outlier_count(columns: int, share: int = OUTLIER_SHARE) -> int:
+    """How many of a product's columns stay in bf16."""
     return -(-columns // share)
 
 
 class QuantizedLinear(nn.Module):
     """An nn.Linear whose product is int8: x [..., K] → x·weightᵀ + bias [..., N]. For inference.
 
-    Buffers: int8_weight [N, K] int8, scales [N] fp32, columns [C] int64, exact [N, C] fp32; bias [N] is a parameter
-    without gradient. `.half()` and its like leave scales and exact in fp32.
+    Buffers: int8_weight [N, K] int8, scales [N] fp32, columns [C] int64, outliers [N, C] bf16; bias [N] is a
+    parameter without gradient. `.half()` and its like leave scales and outliers as they are.
     """
 
     int8_weight: Tensor
     scales: Tensor
     columns: Tensor
-    exact: Tensor
+    outliers: Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, columns: int) -> None:
         super().__init__()
@@ -43,15 +43,15 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("int8_weight", torch.zeros(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scales", torch.ones(out_features, dtype=torch.float32))
         self.register_buffer("columns", torch.arange(columns))
-        self.register_buffer("exact", torch.zeros(out_features, columns, dtype=torch.float32))
+        self.register_buffer("outliers", torch.zeros(out_features, columns, dtype=torch.bfloat16))
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
 
     @classmethod
     def of(cls, linear: nn.Linear, columns: Tensor) -> QuantizedLinear:
-        """The quantized product of an nn.Linear, on its device; columns [C] of its input stay in fp32."""
+        """The quantized product of an nn.Linear, on its device; columns [C] of its input stay in bf16."""
         weight = linear.weight.detach().float()
         made = cls(linear.in_features, linear.out_features, linear.bias is not None, columns.shape[0])
-        made.columns, made.exact = columns.clone(), weight[:, columns].clone()
+        made.columns, made.outliers = columns.clone(), weight[:, columns].to(torch.bfloat16)
         rest = reference.rotate(weight.index_fill(1, columns, 0.0), made.rotated) / made.rotated
         made.scales = (rest.abs().amax(1) / 127).clamp(min=2.0**-126)
         made.int8_weight = (rest / made.scales[:, None]).round().to(torch.int8)
@@ -60,9 +60,9 @@ class QuantizedLinear(nn.Module):
         return made.train(linear.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        wide = {name: self._buffers[name] for name in WIDE}
+        kept = {name: self._buffers[name] for name in KEPT}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in wide.items():
+        for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         rows = x.reshape(-1, self.in_features)
-        weights = self.int8_weight, self.scales, self.bias, self.columns, self.exact, self.rotated
+        weights = self.int8_weight, self.scales, self.bias, self.columns, self.outliers, self.rotated
         y: Tensor = ops.quantized_linear(rows, *weights)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -90,9 +90,9 @@ class QuantizedLinear(nn.Module):
         """
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        for key in WIDE:
-            if self.get_buffer(key).dtype != torch.float32:
-                raise ValueError(f"{name}.{key} was loaded in {self.get_buffer(key).dtype} and not in float32")
+        for key, dtype in KEPT.items():
+            if (loaded := self.get_buffer(key).dtype) != dtype:
+                raise ValueError(f"{name}.{key} was loaded in {loaded} and not in {dtype}")
         if self.columns.is_meta or self.scales.is_meta:  # offloaded: nothing to look at
             return
         steps = torch.cat([self.columns.new_tensor([-1]), self.columns, self.columns.new_tensor([self.in_features])])
@@ -103,7 +103,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Its sizes, as nn.Linear shows them."""
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, exact={self.columns.shape[0]}"
+        sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, outliers={self.columns.shape[0]}"
 
 
 def linears(base: Any, family: Family) -> Iterator[tuple[str, Any]]:

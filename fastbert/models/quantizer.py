@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastbert import hf
-from fastbert.models.quantized import EXACT_SHARE, METHOD, QuantizedLinear, exact_count, linears, put
+from fastbert.models.quantized import METHOD, OUTLIER_SHARE, QuantizedLinear, linears, outlier_count, put
 from fastbert.ops.encoder import ROTATED
 
 
@@ -24,13 +24,13 @@ class Int8Config(QuantizationConfigMixin):
     """The `quantization_config` of an int8 model.
 
     Args:
-        exact_share: of so many columns of a product's input one stays in fp32.
+        outlier_share: of so many columns of a product's input one stays in bf16.
         rotated: the others are rotated in blocks of at most so many. 0, of both: config.json does not say.
     """
 
-    def __init__(self, exact_share: int = 0, rotated: int = 0, **more: Any) -> None:
+    def __init__(self, outlier_share: int = 0, rotated: int = 0, **more: Any) -> None:
         self.quant_method: Any = METHOD
-        self.exact_share, self.rotated = exact_share, rotated
+        self.outlier_share, self.rotated = outlier_share, rotated
 
 
 @register_quantizer(METHOD)
@@ -55,10 +55,10 @@ class Int8Quantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ValueError("from_pretrained does not quantize: load the model, then call fastbert.quantize(model)")
         asked = self.quantization_config
-        if not (isinstance(asked.exact_share, int) and asked.exact_share > 0 and asked.rotated == ROTATED):
+        if not (isinstance(asked.outlier_share, int) and asked.outlier_share > 0 and asked.rotated == ROTATED):
             raise ValueError(
-                f"this version of fastbert computes int8 products with exact_share 1 or more and rotated {ROTATED}; "
-                f"the model's quantization_config names {asked.exact_share!r} and {asked.rotated!r}"
+                f"this version of fastbert computes int8 products with outlier_share 1 or more and rotated {ROTATED}; "
+                f"the model's quantization_config names {asked.outlier_share!r} and {asked.rotated!r}"
             )
 
     def preprocess_model(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
@@ -69,14 +69,14 @@ class Int8Quantizer(HfQuantizer):
         """
         from fastbert.models.accelerate import known_models
 
-        share, expected = self.quantization_config.exact_share, []
+        share, expected = self.quantization_config.outlier_share, []
         for _, base, family in known_models(model):
             if family.refusal:
                 raise ValueError(f"fastbert has no int8 products for {type(base).__name__}: {family.refusal}")
             for path, linear in linears(base, family):
                 sizes = linear.in_features, linear.out_features, linear.bias is not None
                 with torch.device("meta"):
-                    made = QuantizedLinear(*sizes, columns=exact_count(linear.in_features, share))
+                    made = QuantizedLinear(*sizes, columns=outlier_count(linear.in_features, share))
                 put(base, path, made)
                 expected += [f"{path}.{name}" for name in made.state_dict()]
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
@@ -126,6 +126,6 @@ def mark(model: Any) -> None:
     """Makes a model that was quantized in this process what one is that was loaded quantized."""
     for module in model.modules():
         if isinstance(module, hf.stock_class("PreTrainedModel")):
-            config = Int8Config(EXACT_SHARE, ROTATED)
+            config = Int8Config(OUTLIER_SHARE, ROTATED)
             module.config.quantization_config = config
             module.hf_quantizer, module.is_quantized, module.quantization_method = Int8Quantizer(config), True, METHOD

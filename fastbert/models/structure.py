@@ -60,6 +60,7 @@ class Structure:
         layers: empty if there are `reasons`.
         reasons: what the fast path does not compute.
         other_pooler: the pooler is not the stock model's, and may read every row.
+        is_int8: all linears of the layers are `quantize`'s.
     """
 
     modules: tuple[nn.Module, ...]
@@ -70,6 +71,7 @@ class Structure:
     layers: tuple[LayerModules, ...]
     reasons: tuple[str, ...]
     other_pooler: bool = False
+    is_int8: bool = False
 
     def fits(self, model: nn.Module, family: Family) -> bool:
         """Whether the model still has these modules, of these types, with these methods."""
@@ -129,7 +131,9 @@ def examine(model: Any, family: Family) -> Structure:
     tokenwise = tuple(m for m in modules if kind_of(m) in TOKENWISE)
     pooler = getattr(model, "pooler", None) if family.pooler else None
     other = pooler is not None and type(pooler).__module__ != hf.stock_class(family.model).__module__
-    return Structure(modules, types, methods_of(types, family), fixed, tokenwise, layers, tuple(reasons), other)
+    is_int8 = bool(layers) and all(type(m) is QuantizedLinear for layer in layers for m in layer.linears())
+    methods = methods_of(types, family)
+    return Structure(modules, types, methods, fixed, tokenwise, layers, tuple(reasons), other, is_int8)
 
 
 def some(reasons: list[str], most: int = 3) -> list[str]:

@@ -160,7 +160,7 @@ def prepare(tensors: tuple[Tensor, ...], about: tuple[object, ...], make: Callab
 def nbytes_of(made: Any) -> int:
     """Memory of a prepared matrix, or of an int8 product, in bytes."""
     if isinstance(made, QuantizedProduct):
-        return made.weight.nbytes + made.scales.nbytes + made.exact.nbytes
+        return made.weight.nbytes + made.scales.nbytes + made.outliers.nbytes
     return 0 if made is None else int(made.nbytes)
 
 
@@ -186,8 +186,9 @@ def packed(product: QuantizedProduct | None, backend: str) -> QuantizedProduct |
     """The product with its plain weights packed for a backend; backend "": as it is."""
     if product is None or not backend:
         return product
-    weight, exact = (ops.pack_weight(t, backend) for t in (product.weight, product.exact) if isinstance(t, Tensor))
-    return dataclasses.replace(product, weight=weight, exact=exact)
+    plain = (t for t in (product.weight, product.outliers) if isinstance(t, Tensor))
+    weight, outliers = (ops.pack_weight(t, backend) for t in plain)
+    return dataclasses.replace(product, weight=weight, outliers=outliers)
 
 
 def packed_tensors(product: Product | QuantizedProduct) -> tuple[Tensor, ...]:
@@ -198,20 +199,20 @@ def packed_tensors(product: Product | QuantizedProduct) -> tuple[Tensor, ...]:
     if isinstance(product, Product):
         return weight.panels, none, none, none, none
     assert weight.sums is not None
-    exact = product.exact.panels if isinstance(product.exact, PanelWeight) else none.float()  # of no columns
-    return weight.panels, product.scales.contiguous(), weight.sums, product.columns, exact
+    outliers = product.outliers.panels if isinstance(product.outliers, PanelWeight) else none.bfloat16()  # no columns
+    return weight.panels, product.scales.contiguous(), weight.sums, product.columns, outliers
 
 
 def rows_together(linears: tuple[Any, ...]) -> QuantizedProduct | None:
-    """One product with the rows of all these; None: not all have the same exact columns, or only some a bias."""
+    """One product with the rows of all these; None: not all have the same columns of outliers, or only some a bias."""
     first, biases = linears[0], [linear.bias for linear in linears if linear.bias is not None]
     if any(not torch.equal(linear.columns, first.columns) for linear in linears) or len(biases) % len(linears):
         return None
-    weight, scales, exact = (
-        torch.cat([getattr(linear, name) for linear in linears]) for name in ("int8_weight", "scales", "exact")
+    weight, scales, outliers = (
+        torch.cat([getattr(linear, name) for linear in linears]) for name in ("int8_weight", "scales", "outliers")
     )
     bias = torch.cat([bias.detach() for bias in biases]) if biases else None
-    return QuantizedProduct(weight, scales, bias, first.columns, exact, first.rotated)
+    return QuantizedProduct(weight, scales, bias, first.columns, outliers, first.rotated)
 
 
 def keeps_copies(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> bool:

@@ -541,16 +541,17 @@ def few_columns(x: Tensor, weight: Tensor) -> Tensor:
 
 def quantized_linear(
     x: Tensor, weight: Tensor | PackedWeight, scales: Tensor, bias: Tensor | None = None,
-    columns: Tensor | None = None, exact: Tensor | PackedWeight | None = None, rotated: int = 1, activation: str = "",
+    columns: Tensor | None = None, outliers: Tensor | PackedWeight | None = None, rotated: int = 1,
+    activation: str = "",
 ) -> Tensor:  # fmt: skip
     if x.shape[0] == 0 or weight.shape[0] == 0:
         return x.new_empty(x.shape[0], weight.shape[0])
-    weight, exact = plain(weight), None if exact is None else plain(exact)
+    weight, outliers = plain(weight), None if outliers is None else plain(outliers)
     quantized, scale = quantize_rows(x, columns, rotated)
     sums = integer_product(quantized, weight)
     y = sums * scales.float() * scale[:, None]
-    if columns is not None and exact is not None:
-        y += few_columns(x.index_select(1, columns), exact)
+    if columns is not None and outliers is not None:
+        y += few_columns(x.index_select(1, columns).to(torch.bfloat16), outliers)
     if bias is not None:
         y += bias.float()
     return (F.gelu(y, approximate=activation) if activation else y).to(x.dtype)

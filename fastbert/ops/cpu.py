@@ -141,20 +141,21 @@ def feed_forward(
 
 def quantized_linear_reasons(
     x: Tensor, weight: Tensor | PackedWeight, scales: Tensor, bias: Tensor | None = None,
-    columns: Tensor | None = None, exact: Tensor | PackedWeight | None = None, rotated: int = 1, activation: str = "",
+    columns: Tensor | None = None, outliers: Tensor | PackedWeight | None = None, rotated: int = 1,
+    activation: str = "",
 ) -> list[str]:  # fmt: skip
     reasons = cuda.dtype_reasons(x=x, bias=bias) + weight_reasons(weight=weight)
-    reasons += [] if exact is None or not exact.shape[1] else weight_reasons(exact=exact)
+    reasons += [] if outliers is None or not outliers.shape[1] else weight_reasons(outliers=outliers)
     return reasons if scales.dtype == torch.float32 else [*reasons, f"scales are {scales.dtype}, not float32"]
 
 
 def quantized_linear(
     x: Tensor, weight: PanelWeight, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
-    exact: Any = None, rotated: int = 1, activation: str = "",
+    outliers: Any = None, rotated: int = 1, activation: str = "",
 ) -> Tensor:  # fmt: skip
-    none = exact is None or not exact.shape[1]
+    none = outliers is None or not outliers.shape[1]
     columns = scales.new_empty(0, dtype=torch.int64) if none or columns is None else columns.contiguous()
-    panels = scales.new_empty(0) if none else exact.panels.float()
+    panels = scales.new_empty(0, dtype=torch.bfloat16) if none else outliers.panels
     parts = [weight.panels, scales.contiguous(), weight.sums, columns, panels]
     bias = None if bias is None else bias.to(x.dtype)
     native_op = torch.ops.fastbert_native.packed_linear

@@ -593,17 +593,17 @@ encoder_forward = declare(
 
 def check_quantized_linear(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
-    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+    outliers: Tensor | None = None, rotated: int = 1, activation: str = "",
 ) -> list[str]:  # fmt: skip
     reasons = shape_reasons(x=(x, (None, None)), weight=(weight, (None, x.shape[-1])), columns=(columns, (None,)))
     if not reasons:
         rows, wide = weight.shape[0], None if columns is None else columns.shape[0]
-        reasons += shape_reasons(scales=(scales, (rows,)), bias=(bias, (rows,)), exact=(exact, (rows, wide)))
-    if (columns is None) != (exact is None):
-        reasons.append("columns and exact are given together or not at all")
+        reasons += shape_reasons(scales=(scales, (rows,)), bias=(bias, (rows,)), outliers=(outliers, (rows, wide)))
+    if (columns is None) != (outliers is None):
+        reasons.append("columns and outliers are given together or not at all")
     if weight.dtype != torch.int8:
         reasons.append(f"weight is {weight.dtype}, expected int8")
-    dtypes = {n: t.dtype for n, t in (("x", x), ("scales", scales), ("bias", bias), ("exact", exact)) if t is not None}
+    dtypes = {n: t.dtype for n, t in (("x", x), ("scales", scales), ("bias", bias)) if t is not None}
     reasons += [f"{name} is {dtype}, no float" for name, dtype in dtypes.items() if not dtype.is_floating_point]
     known = activation in ("", "none", "tanh")
     reasons += [] if known else [f"activation is {activation!r}, expected '', 'none' (erf GELU) or 'tanh'"]
@@ -611,19 +611,21 @@ def check_quantized_linear(
         reasons.append(f"rotated is {rotated}, expected a power of two that divides {x.shape[-1]}")
     if columns is not None and columns.dtype != torch.int64:
         reasons.append(f"columns is {columns.dtype}, expected int64")
+    if outliers is not None and outliers.dtype != torch.bfloat16:
+        reasons.append(f"outliers is {outliers.dtype}, expected bfloat16")
     return reasons
 
 
 def fake_quantized_linear(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, columns: Tensor | None = None,
-    exact: Tensor | None = None, rotated: int = 1, activation: str = "",
+    outliers: Tensor | None = None, rotated: int = 1, activation: str = "",
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 quantized_linear = declare(
     "quantized_linear",
-    "(Tensor x, Tensor weight, Tensor scales, Tensor? bias=None, Tensor? columns=None, Tensor? exact=None,"
+    "(Tensor x, Tensor weight, Tensor scales, Tensor? bias=None, Tensor? columns=None, Tensor? outliers=None,"
     ' int rotated=1, str activation="") -> Tensor y',
     fake_quantized_linear,
     check_quantized_linear,

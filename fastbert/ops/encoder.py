@@ -16,8 +16,8 @@ from fastbert.ops.packed import Pack, PanelWeight, from_panels
 
 # Of a layer: the products QKV [3·N·D, H] and out [H, N·D]; gamma and beta [H]; the feed-forward's products [I, H] and
 # [H, I]; gamma and beta [H]. Of a product: its weight, plain or in panels; of an int8 weight, else empty, its scales
-# [N], the sums of its rows [N] int32, the columns of its input [C] that are multiplied with exact [N, C], in panels as
-# the weight is, in float32; its bias [N].
+# [N], the sums of its rows [N] int32, the columns of its input [C] that are multiplied with outliers [N, C] bf16, in
+# panels as the weight is; its bias [N].
 TENSORS = 28
 WEIGHTS = (0, 6, 14, 20)
 BIAS = 5  # behind a weight
@@ -30,8 +30,8 @@ def packed_layers(tensors: Sequence[Tensor], pack: Pack) -> list[Tensor]:
     found = list(tensors)
     for start in range(0, len(found), TENSORS):
         for place in WEIGHTS:
-            weight, *_, exact, _ = found[start + place : start + place + BIAS + 1]
-            for i, tensor in ((0, weight), (BIAS - 1, exact)):
+            weight, *_, outliers, _ = found[start + place : start + place + BIAS + 1]
+            for i, tensor in ((0, weight), (BIAS - 1, outliers)):
                 if tensor.dim() == 2 and isinstance(packed := pack(tensor), PanelWeight):
                     found[start + place + i] = packed.panels
     return found
@@ -56,11 +56,11 @@ def encode(
 
 def multiply(by: Any, x: Tensor, product: Sequence[Tensor], activation: str = "") -> Tensor:
     """x [T, K] → x·weightᵀ + bias [T, N] of the six tensors of a product; activation: as in `quantized_linear`."""
-    weight, scales, _, columns, exact, bias = product
-    weight, exact = plain(weight, bias, x.shape[1]), plain(exact, bias, columns.shape[0])
+    weight, scales, _, columns, outliers, bias = product
+    weight, outliers = plain(weight, bias, x.shape[1]), plain(outliers, bias, columns.shape[0])
     if weight.dtype == torch.int8:
         rotated = math.gcd(x.shape[1], ROTATED)
-        return by.quantized_linear(x, weight, scales, bias, columns, exact, rotated, activation)  # type: ignore[no-any-return]
+        return by.quantized_linear(x, weight, scales, bias, columns, outliers, rotated, activation)  # type: ignore[no-any-return]
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if activation:
         return by.linear_gelu(x, weight, bias, activation)[0]  # type: ignore[no-any-return]

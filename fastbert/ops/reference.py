@@ -331,17 +331,18 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None, rotated: int = 1) ->
 
 def quantized_linear(
     x: Tensor, weight: Tensor | PackedWeight, scales: Tensor, bias: Tensor | None = None,
-    columns: Tensor | None = None, exact: Tensor | PackedWeight | None = None, rotated: int = 1, activation: str = "",
+    columns: Tensor | None = None, outliers: Tensor | PackedWeight | None = None, rotated: int = 1,
+    activation: str = "",
 ) -> Tensor:  # fmt: skip
-    """x [T, K], weight [N, K] int8, scales [N], bias [N] → q(x)·(scales·weight)ᵀ + x[:, columns]·exactᵀ + bias [T, N].
+    """x [T, K], weight [N, K] int8, scales, bias [N] → q(x)·(scales·weight)ᵀ + x[:, columns]·outliersᵀ + bias [T, N].
 
-    q: `quantize_rows`, which leaves out columns [C], multiplied with exact [N, C] instead (Dettmers et al. 2022,
-    "LLM.int8()"), and rotates blocks of `rotated`. activation: "", or GELU by erf ("none") or tanh ("tanh").
+    q: `quantize_rows`, which leaves out columns [C] and rotates blocks of `rotated`. Those columns are rounded to bf16
+    as outliers [N, C] are (Dettmers et al. 2022, "LLM.int8()"). activation: "", or GELU by erf ("none") or "tanh".
     """
     quantized, scale = quantize_rows(x, columns, rotated)
     sums = (quantized.double() - 128) @ up(weight).T  # [T, N], integers
     y = sums * up(scale)[:, None] * up(scales)
-    if columns is not None and exact is not None:
-        y = y + up(x)[:, columns] @ up(exact).T
+    if columns is not None and outliers is not None:
+        y = y + up(x[:, columns].to(torch.bfloat16)) @ up(outliers).T
     y = y if bias is None else y + up(bias)
     return (gelu(y, activation) if activation else y).to(x.dtype)

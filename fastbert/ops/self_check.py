@@ -56,9 +56,14 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def dtype_of(arguments: tuple[Any, ...]) -> torch.dtype:
-    """The dtype that a call is checked in: a 16-bit one of its floating tensors, else any of them, else the first's."""
+    """The dtype that a call is checked in: a 16-bit one of its floating tensors, else any of them, else the first's.
+
+    With a weight in int8, beside which outliers are bfloat16 always, it is x's.
+    """
     found: torch.dtype = arguments[0].dtype
     if found.itemsize == 2 and found.is_floating_point:
+        return found
+    if found.is_floating_point and any(getattr(a, "dtype", None) == torch.int8 for a in arguments[1:2]):
         return found
     for argument in arguments:
         one = argument[BIAS] if isinstance(argument, list) and len(argument) > BIAS else argument  # of layers

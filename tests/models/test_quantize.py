@@ -104,21 +104,26 @@ def test_a_text_does_not_depend_on_its_neighbours():
         assert torch.equal(outputs(model, {"input_ids": ids})[0], together[row, :length])
 
 
-def test_scales_stay_in_fp32():
-    model = fastbert.quantize(small()).bfloat16()
-    dense = model.encoder.layer[0].output.dense
-    assert dense.scales.dtype == dense.exact.dtype == torch.float32 and dense.bias.dtype == torch.bfloat16
-    assert outputs(fastbert.accelerate(model), batch()).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_scales_and_outliers_stay_as_they_are(dtype):
+    model = fastbert.quantize(small())
+    before = model.encoder.layer[0].output.dense.state_dict()
+    dense = model.to(dtype).encoder.layer[0].output.dense
+    assert dense.bias.dtype == dtype and dense.scales.dtype == torch.float32
+    assert all(torch.equal(before[name], dense.get_buffer(name)) for name in ("scales", "outliers"))
+    assert outputs(fastbert.accelerate(model), batch()).dtype == dtype
 
 
-def test_columns_with_outliers_are_exact():
-    """A column a thousand times larger than the others costs them nothing."""
+def test_a_column_of_outliers_costs_the_others_nothing():
+    """It is a thousand times larger, and rounded to bf16; beside it the others would keep no bit of int8."""
     torch.manual_seed(0)
     linear, x = nn.Linear(48, 10), torch.randn(20, 48)
     x[:, 5] *= 1000
-    exact = linear(x)
-    near, far = (QuantizedLinear.of(linear, torch.tensor(columns))(x) - exact for columns in ([5], [6]))
-    assert near.norm() < 0.02 * exact.norm() and near.abs().max() < 0.1
+    rest = x.index_fill(1, torch.tensor([5]), 0.0)
+    outlier = x[:, 5:6].bfloat16().float() @ linear.weight[:, 5:6].bfloat16().float().T
+    expected = linear(rest) + outlier
+    near, far = (QuantizedLinear.of(linear, torch.tensor(columns))(x) - expected for columns in ([5], [6]))
+    assert near.norm() < 0.02 * linear(rest).norm() and near.abs().max() < 0.1
     assert far.norm() > 10 * near.norm()
 
 
@@ -162,7 +167,7 @@ def test_lora_is_to_be_merged_first():
     fastbert.quantize(model.merge_and_unload())
 
 
-@pytest.mark.parametrize("name", ["int8_weight", "scales", "exact", "columns", "bias"])
+@pytest.mark.parametrize("name", ["int8_weight", "scales", "outliers", "columns", "bias"])
 def test_an_edit_of_what_is_quantized_is_seen(name):
     """Also through `.data`, which changes no version."""
     model = fastbert.accelerate(fastbert.quantize(small()))

@@ -44,7 +44,7 @@ def test_the_loaded_model_is_the_same_bits(family, name, library, tmp_path):
     model = fastbert.quantize(stock(name, family))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["quantization_config"] == {"quant_method": "fastbert", "exact_share": 24, "rotated": 128}
+    assert config["quantization_config"] == {"quant_method": "fastbert", "outlier_share": 16, "rotated": 128}
     loaded, report = getattr(library, name).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert not loaded.training
@@ -83,7 +83,7 @@ def test_made_here_or_loaded_it_is_one_thing_to_transformers(saved):
     for made in (model, loaded):
         assert made.is_quantized and made.quantization_method == "fastbert"
         assert not made.get_parameter(f"{OF}bias").requires_grad
-        assert made.get_buffer("encoder.layer.1.attention.self.query.columns").shape == (3,)  # of 64: one in 24
+        assert made.get_buffer("encoder.layer.1.attention.self.query.columns").shape == (4,)  # of 64: one in 16
         with pytest.raises(ValueError, match="it is quantized already"):
             fastbert.quantize(made)
     with pytest.raises(NotImplementedError, match="load the checkpoint that it was made from"):
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint(saved, name, value, words):
         transformers.BertModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["int8_weight", "scales", "columns", "exact", "bias"])
+@pytest.mark.parametrize("name", ["int8_weight", "scales", "columns", "outliers", "bias"])
 def test_a_checkpoint_that_lacks_a_tensor(saved, name):
     """HuggingFace would make it anew, from what memory holds."""
     folder, _ = saved
@@ -134,13 +134,15 @@ def test_a_checkpoint_that_lacks_a_tensor(saved, name):
         transformers.BertModel.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("asked", [{"exact_share": 0}, {"exact_share": "x"}, {"rotated": 64}, {"exact_share": None}])
+@pytest.mark.parametrize(
+    "asked", [{"outlier_share": 0}, {"outlier_share": "x"}, {"rotated": 64}, {"outlier_share": None}]
+)
 def test_a_config_of_other_products(saved, asked):
     folder, _ = saved
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= asked
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="computes int8 products with exact_share 1 or more and rotated 128"):
+    with pytest.raises(ValueError, match="computes int8 products with outlier_share 1 or more and rotated 128"):
         transformers.BertModel.from_pretrained(folder)
 
 
@@ -173,7 +175,7 @@ def test_scales_that_were_rounded():
     product = QuantizedLinear(48, 8, bias=True, columns=2)
     product.after_loading("dense")
     product.scales = product.scales.bfloat16()
-    with pytest.raises(ValueError, match=r"dense\.scales was loaded in torch\.bfloat16 and not in float32"):
+    with pytest.raises(ValueError, match=r"dense\.scales was loaded in torch\.bfloat16 and not in torch\.float32"):
         product.after_loading("dense")
 
 

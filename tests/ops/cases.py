@@ -107,7 +107,7 @@ class Spec:
 def cast(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Arguments:
     """Floating tensors in `dtype`, all tensors on `device`, those in lists too.
 
-    What is float32 beside 16-bit ones stays so (scales).
+    What is float32 beside 16-bit ones stays so (scales), and what is bfloat16 (columns of outliers).
     """
 
     def one(a: Any) -> Any:
@@ -121,7 +121,9 @@ def cast(arguments: Arguments, dtype: torch.dtype, device: str = "cpu") -> Argum
 
 
 def is_rounded(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    return tensor.is_floating_point() and not (tensor.dtype == torch.float32 and dtype.itemsize == 2)
+    narrower = {torch.float32: (torch.bfloat16,), torch.float16: (torch.bfloat16, torch.float32)}
+    stays = narrower.get(dtype, (torch.float32,) if dtype.itemsize == 2 else ())
+    return tensor.is_floating_point() and tensor.dtype not in stays
 
 
 # attention
@@ -283,17 +285,17 @@ def quantized_linear_inputs(case: Case, dtype: torch.dtype) -> Iterator[tuple[st
     yield "", (x, rounded, scales, bias)
     yield "erf", (x, rounded, scales, bias, None, None, 1, "none")
     columns = torch.tensor([hidden - 1, 2])  # as they may come: in any order
-    exact, rounded = weight[:, columns].float(), rounded.index_fill(1, columns, 0)
-    outliers = x.clone()
-    outliers[:, columns] *= 1e3
-    yield "exact columns", (outliers, rounded, scales, bias, columns, exact)
-    whole = torch.round(outliers * 64) / 64  # whose sums are exact in every order
+    outliers, rounded = weight[:, columns].to(torch.bfloat16), rounded.index_fill(1, columns, 0)
+    with_outliers = x.clone()
+    with_outliers[:, columns] *= 1e3
+    yield "columns of outliers", (with_outliers, rounded, scales, bias, columns, outliers)
+    whole = torch.round(with_outliers * 64) / 64  # whose sums are exact in every order
     width = hidden & -hidden  # the greatest power of two that divides it
-    yield "rotated", (whole.clamp(-2e3, 2e3), rounded, scales / width, bias, columns, exact, width)
+    yield "rotated", (whole.clamp(-2e3, 2e3), rounded, scales / width, bias, columns, outliers, width)
     x = x.clone()
     x[1::3] = 0
-    x[2::3, 1] = 1e4  # an outlier that is in no exact column
-    yield "zeros, outliers, no bias, tanh", (x, rounded, scales, None, columns, exact, 1, "tanh")
+    x[2::3, 1] = 1e4  # an outlier that is in none of the columns
+    yield "zeros, outliers, no bias, tanh", (x, rounded, scales, None, columns, outliers, 1, "tanh")
 
 
 ATTENTION = Spec(ops.attention, attention_inputs, stock.attention_and_lse)

@@ -92,12 +92,28 @@ def test_integers_are_those_of_the_reference(shape, dtype):
     inner = shape[2]
     x, _, _ = call(*shape, dtype)
     x[0, 0], x[-1, -1] = 300, -0.5  # halves, once the greatest is 127 steps
-    columns, exact = torch.tensor([inner // 2]), torch.zeros(inner, 1)
+    columns, outliers = torch.tensor([inner // 2]), torch.zeros(inner, 1, dtype=torch.bfloat16)
     weight, scales, rotated = torch.eye(inner, dtype=torch.int8), torch.ones(inner), min(inner & -inner, 128)
-    packed = cpu.pack_weight(weight), scales, None, columns, cpu.pack_weight(exact), rotated
+    packed = cpu.pack_weight(weight), scales, None, columns, cpu.pack_weight(outliers), rotated
     bytes_of, scale = reference.quantize_rows(x, columns, rotated)
     expected = ((bytes_of.float() - 128) * scale[:, None]).to(dtype)
     assert torch.equal(cpu.quantized_linear(x, *packed), expected)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 33])
+@pytest.mark.parametrize("rows", [1, 15, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_of_outliers_are_multiplied_in_bf16(dtype, rows, count):
+    """An even and an odd number of them, alone: x is 0 elsewhere, so that nothing comes from the bytes."""
+    x, _, _ = call(rows, 40, 66, dtype)
+    columns = torch.randperm(66)[:count].sort().values
+    x = torch.zeros_like(x).index_copy_(1, columns, 100 * x[:, columns])
+    weight, outliers = torch.full((40, 66), 127, dtype=torch.int8), torch.randn(40, count).bfloat16()
+    arguments = cpu.pack_weight(weight), torch.ones(40), None, columns, cpu.pack_weight(outliers), 2
+    large = x[:, columns].bfloat16().double()
+    error = cpu.quantized_linear(x, *arguments).double() - large @ outliers.double().T
+    assert (error.abs() <= 2 * torch.finfo(dtype).eps * (large.abs() @ outliers.double().abs().T)).all()
 
 
 @pytest.mark.usefixtures("isa")

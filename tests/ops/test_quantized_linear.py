@@ -7,7 +7,7 @@ import torch
 
 from fastbert import ops, torch_private
 from fastbert.ops import builtins, reference
-from tests.ops.cases import CASES, normal
+from tests.ops.cases import CASES, cast, normal
 from tests.ops.cases import QUANTIZED_LINEAR as SPEC
 from tests.ops.inference_op import *  # noqa: F403 - its tests are this module's
 
@@ -27,7 +27,7 @@ def rows_at_the_edges(columns: int = 37) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("columns", [None, COLUMNS], ids=["all", "exact columns"])
+@pytest.mark.parametrize("columns", [None, COLUMNS], ids=["all", "columns of outliers"])
 @pytest.mark.parametrize(("wide", "rotated"), [(37, 1), (48, 16), (384, 128)])
 def test_the_integers_are_the_references(columns, wide, rotated):
     """Steps and scales are bitwise those of the specification; the built-in keeps steps 128 less."""
@@ -77,9 +77,7 @@ def test_rows_that_are_not_finite_are_nan_and_alone(plain_backend):
 @pytest.mark.parametrize("alone", [slice(0, 1), slice(1, 3), slice(60, 70), slice(5, 200)], ids=str)
 def test_a_row_does_not_depend_on_how_many_there_are(plain_backend, alone):
     for _, (x, *rest) in SPEC.inputs(EDGES, torch.float32):
-        arguments = [t.to(plain_backend.device) if isinstance(t, torch.Tensor) else t for t in rest]
-        arguments = [t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
-        x = x.float().to(plain_backend.device)
+        x, *arguments = cast((x, *rest), torch.float32, plain_backend.device)
         (whole,), (part,) = (plain_backend(SPEC, (rows, *arguments)) for rows in (x, x[alone]))
         if plain_backend.name != "reference":  # whose sums are in float64, in the library's order
             assert torch.equal(whole[alone], part)
@@ -104,9 +102,10 @@ INT8, ONES = torch.ones(3, 4, dtype=torch.int8), torch.ones(3)
         ((INT8.float(), ONES), r"weight is torch.float32, expected int8"),
         ((INT8, ONES[:2]), r"scales has shape \[2\], expected \[3\]"),
         ((INT8, ONES, ONES[:1]), r"bias has shape \[1\], expected \[3\]"),
-        ((INT8, ONES, None, COLUMNS[:1]), r"columns and exact are given together or not at all"),
-        ((INT8, ONES, None, COLUMNS, torch.ones(3, 1)), r"exact has shape \[3, 1\], expected \[3, 2\]"),
+        ((INT8, ONES, None, COLUMNS[:1]), r"columns and outliers are given together or not at all"),
+        ((INT8, ONES, None, COLUMNS, torch.ones(3, 1)), r"outliers has shape \[3, 1\], expected \[3, 2\]"),
         ((INT8, ONES, None, COLUMNS.float(), torch.ones(3, 2)), r"columns is torch.float32, expected int64"),
+        ((INT8, ONES, None, COLUMNS, torch.ones(3, 2)), r"outliers is torch.float32, expected bfloat16"),
         ((INT8, ONES, None, None, None, 3), r"rotated is 3, expected a power of two that divides 4"),
         ((INT8, ONES, None, None, None, 8), r"rotated is 8, expected a power of two that divides 4"),
         ((INT8, ONES, None, None, None, 1, "erf"), r"activation is 'erf', expected '', 'none' \(erf GELU\) or 'tanh'"),
