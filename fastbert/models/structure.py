@@ -131,9 +131,11 @@ def examine(model: Any, family: Family) -> Structure:
     tokenwise = tuple(m for m in modules if kind_of(m) in TOKENWISE)
     pooler = getattr(model, "pooler", None) if family.pooler else None
     other = pooler is not None and type(pooler).__module__ != hf.stock_class(family.model).__module__
-    is_int8 = bool(layers) and all(type(m) is QuantizedLinear for layer in layers for m in layer.linears())
+    kinds: set[type] = {type(linear) for layer in layers for linear in layer.linears()}
     methods = methods_of(types, family)
-    return Structure(modules, types, methods, fixed, tokenwise, layers, tuple(reasons), other, is_int8)
+    return Structure(
+        modules, types, methods, fixed, tokenwise, layers, tuple(reasons), other, kinds == {QuantizedLinear}
+    )
 
 
 def some(reasons: list[str], most: int = 3) -> list[str]:

@@ -65,6 +65,19 @@ def test_minilm_stays_near_on_2000_texts():
     assert error <= ERROR and cosine >= COSINE
 
 
+def test_bf16_stands_between_int8_products_only():
+    """Of a float32 model on a CPU; where one linear is not int8, its model stays in float32."""
+    model = fastbert.accelerate(fastbert.quantize(small()))
+    assert outputs(model, batch()).dtype == torch.float32
+    assert model._fastbert.seen.dtype == torch.bfloat16
+    stock, mixed = small(), fastbert.quantize(small())
+    mixed.encoder.layer[1].intermediate.dense = stock.encoder.layer[1].intermediate.dense
+    with ops.record() as calls:
+        outputs(fastbert.accelerate(mixed), batch())
+    assert mixed._fastbert.calls == {"": 1} and "attention" in [call.op for call in calls]
+    assert not mixed._fastbert.structure.is_int8
+
+
 def test_copies_and_pickles_carry_int8():
     model = fastbert.quantize(small())
     before = outputs(model, batch())
