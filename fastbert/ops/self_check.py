@@ -63,7 +63,7 @@ def dtype_of(arguments: tuple[Any, ...]) -> torch.dtype:
     found: torch.dtype = arguments[0].dtype
     if found.itemsize == 2 and found.is_floating_point:
         return found
-    if found.is_floating_point and any(getattr(a, "dtype", None) == torch.int8 for a in arguments[1:2]):
+    if found.is_floating_point and len(arguments) > 1 and getattr(arguments[1], "dtype", None) == torch.int8:
         return found
     for argument in arguments:
         one = argument[BIAS] if isinstance(argument, list) and len(argument) > BIAS else argument  # of layers
