@@ -7,9 +7,9 @@ namespace fastbert {
 
 // A parallel region of torch's threads, from before it begins until after its end.
 //
-// Threads that have been idle are asleep, and Linux wakes a thread on the core of the one that wakes it where it knows
-// of no cache that the cores share, as in many virtual machines: there it waits for its turn, while the region waits for
-// it. So they are kept off that core until the region has ended.
+// Threads that have been idle are asleep, and Linux may wake a thread on the core of the one that wakes it though others
+// sleep, as was seen in a virtual machine (docs/tuning.md): there it waits for its turn, while the region waits for it. So
+// they are kept off that core until the region has ended.
 class Region {
  public:
   explicit Region(int64_t threads);

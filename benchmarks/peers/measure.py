@@ -110,7 +110,8 @@ def made(plan: Plan, name: str, model: Any, ending: contextlib.ExitStack) -> dic
     found: dict[Key, Process | str] = {}
     for engine, rival in plan.engines.items():
         keys = [key for key in plan.keys if key[0] == engine]
-        if reason := rival.available():
+        reason = rival.available()
+        if reason or not keys:
             found |= dict.fromkeys(keys, reason)
             continue
         process = Process(rival, file, folder)
@@ -218,7 +219,7 @@ def timed(plan: Plan, calls: Mapping[Key, Guarded], progress: Progress) -> dict[
     """Samples of each engine, as many for every one of them."""
     once = {key: call() for key, call in calls.items()}
     rest = 0.0 if plan.dry_run else PAUSE
-    whole = sum(rest + (2 if seconds < SHORT else 1) * seconds for seconds in once.values() if seconds == seconds)
+    whole = sum(rest + (2 if seconds < SHORT else 1) * seconds for seconds in once.values() if math.isfinite(seconds))
     most = MOST if whole == 0 else min(MOST, int(SECONDS / whole))
     rounds = 2 if plan.dry_run else QUICK if plan.quick else max(LEAST, most)
     samplers = {key: partial(call, rest, once[key] < SHORT) for key, call in calls.items()}

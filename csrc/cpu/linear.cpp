@@ -15,7 +15,6 @@ constexpr int kTileWidth = whole_vectors(kTileRows);  // of its rows of x, packe
 constexpr int64_t whole(int64_t words) { return (words + kLanes - 1) / kLanes * kLanes; }
 
 constexpr int kStep = 64;  // words whose products are added one after the other: a long sum in parts is more exact
-constexpr int64_t kAll = INT64_MAX;
 
 // How a word of a weight is multiplied: as kParts vectors, each with a word of x of its own.
 struct Floats {
@@ -56,7 +55,7 @@ struct BFloats {
 #ifdef __AVX512VNNI__
 struct Bytes {
   static constexpr int kParts = 1;
-  static constexpr int64_t kAtOnce = kAll;
+  static constexpr int64_t kAtOnce = INT64_MAX;  // exact in any order
   using Left = uint32_t;
   using Sum = Int;
   using Right = Word;
