@@ -218,6 +218,13 @@ def test_every_engine_has_a_process_and_this_ones_threads(monkeypatch, tmp_path)
     assert not any(process.is_alive() for process in alive)
 
 
+def test_an_engine_that_is_asked_for_nothing_has_no_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "Process", None)
+    plan = measure.Plan(loads.DRY_MODELS, [], False, {"hf": HF}, ("int8",), tmp_path, dry_run=True)
+    with contextlib.ExitStack() as ending:
+        assert measure.made(plan, "tiny", loads.DRY_MODELS["tiny"](), ending) == {}
+
+
 def test_without_parity_there_is_no_speed(monkeypatch, tmp_path):
     planted(monkeypatch)
     with_engines(monkeypatch, hf=HF, fastbert=MINE)
